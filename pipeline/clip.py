@@ -1,0 +1,176 @@
+"""The vocabulary of the path of a clip: what crosses from one file to the next.
+
+Shape letters, used in names' suffixes and end-of-line comments throughout the project:
+
+    B  clips in a micro-batch         C  colour channels (3)
+    T  frames of a clip               H, W  height and width in pixels
+    N  tokens of a clip, t-h-w order  K  tokens kept as context or asked for as target
+    D  width of a token's feature     L  layers
+    S  numbers in a state vector      A  numbers in an action vector
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """How a clip is cut into tokens: counts along time, height and width."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a whole clip; a token's index is (t · H + h) · W + w."""
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipRef:
+    """Which sample stands at a global position: a pure function of (seed, position)."""
+
+    position: int
+    source: int
+    sample: int
+    epoch: int
+    attempt: int = 0
+    """0 for the sample the order names; n for the n-th deterministic substitute of a bad one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleFault:
+    """One sample that could not be used, and which position it would have filled."""
+
+    position: int
+    dataset: str
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """One decoded, cropped clip.
+
+    `video_CTHW` is uint8 RGB (normalised on the device), `times` the presentation times of its
+    frames in seconds from the start of the video, float64 [T].
+    """
+
+    ref: ClipRef
+    key: str
+    video_CTHW: Tensor
+    times: Tensor
+    text: str | None = None
+    states: Tensor | None = None
+    actions: Tensor | None = None
+    faults: tuple[SampleFault, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskSet:
+    """One mask of every clip of a micro-batch, as ascending token indices.
+
+    Context and target never share a token; tokens cut by truncation are in neither.
+    """
+
+    context_BK: Tensor
+    target_BK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipBatch:
+    """One micro-batch: consecutive global positions, all of one stage's size.
+
+    `video_BCTHW` is uint8 RGB until an objective normalises it; `states_BTS`, `actions_BTA`
+    (float32) and `text` are there only if the shards carry them.
+    """
+
+    step: int
+    stage: int
+    first_position: int
+    grid: Grid
+    keys: tuple[str, ...]
+    refs: tuple[ClipRef, ...]
+    video_BCTHW: Tensor
+    times_BT: Tensor
+    masks: tuple[MaskSet, ...] = ()
+    text: tuple[str | None, ...] | None = None
+    states_BTS: Tensor | None = None
+    actions_BTA: Tensor | None = None
+    faults: tuple[SampleFault, ...] = ()
+
+    def to(self, device: torch.device) -> "ClipBatch":
+        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "ClipBatch":
+        """Called by torch's DataLoader in its pinning thread."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> "ClipBatch":
+        changed: dict[str, Any] = {
+            "masks": tuple(
+                MaskSet(context_BK=function(m.context_BK), target_BK=function(m.target_BK))
+                for m in self.masks
+            )
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a run stands when a step is taken; everything scheduled is a function of it."""
+
+    step: int
+    """1-based number of the step being taken."""
+    stage: int
+    """0-based index of the stage the step belongs to."""
+    momentum: float
+    """Momentum of the teacher's average at this step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """What an objective returns: the scalar to minimise, and its named parts for the log."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """Everything the trackers learn of one optimiser step. Rates are per second of wall time."""
+
+    step: int
+    stage: int
+    stage_name: str
+    loss: float
+    terms: dict[str, float]
+    learning_rate: float
+    weight_decay: float
+    momentum: float
+    gradient_norm: float
+    step_seconds: float
+    data_wait_seconds: float
+    clips: int
+    """Clips of the global batch."""
+    tokens: int
+    """Tokens of the global batch before masking."""
+    flops: float
+    """Model FLOPs of the global batch, forward and backward."""
+    peak_memory_gib: float
+    num_faults: int
+    """Samples of this step that had to be replaced, all ranks together."""
+    skipped: bool = False
+    """True if the update was left out because loss or gradient was not finite."""
+    health: dict[str, float] | None = None
+    """Collapse signals, on the steps where they are taken."""

@@ -1,0 +1,20 @@
+"""The base of every configuration section: strict, frozen, documented field by field."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of a run's configuration, defined in the file that it configures.
+
+    Unknown keys are errors, values are not coerced across types (an integer is accepted as a
+    float), and the sentence under each field is its documentation in `jepa config schema`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
