@@ -127,6 +127,32 @@ class ClipBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatchPlan:
+    """One micro-batch before it exists: which positions, and the size of its clips.
+
+    `masks` holds `BlockMask` sections; their room stands above this one, which passes them on
+    without looking inside.
+    """
+
+    step: int
+    """1-based optimiser step of the run."""
+    stage: int
+    first_position: int
+    size: int
+    """Clips of the micro-batch, at consecutive global positions."""
+    frames: int
+    fps: float
+    resolution: int
+    masks: tuple[Any, ...]
+    grid: Grid
+
+    @property
+    def positions(self) -> range:
+        """Global positions of the clips."""
+        return range(self.first_position, self.first_position + self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """Where a run stands when a step is taken; everything scheduled is a function of it."""
 
