@@ -1,0 +1,1 @@
+"""The networks: encoder, predictor, the teacher's average, and what they cost."""

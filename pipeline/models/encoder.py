@@ -1,0 +1,202 @@
+"""The video encoder: a Vision Transformer over tubelets with rotary positions in three axes."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from pipeline.clip import Grid
+from pipeline.config.section import Section
+from pipeline.errors import ConfigError
+from pipeline.models.attention import AttentionConfig, check_backend
+from pipeline.models.layers import (
+    LayerNorm,
+    ModelDims,
+    PatchConv,
+    blocks,
+    gather_tokens,
+    run_block,
+)
+from pipeline.models.rope import rotary_tables
+
+Size = Literal[
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "vit_giant",
+    "vit_giant_xformers",
+    "vit_gigantic",
+    "vit_gigantic_xformers",
+]
+
+# width, depth, heads, MLP hidden. The gigantic ones have the hidden width that V-JEPA 2 really
+# trains (4 · 1664); V-JEPA 2.1 means 8192, which `mlp_hidden: 8192` gives.
+_SIZES: dict[Size, tuple[int, int, int, int]] = {
+    "vit_tiny": (192, 12, 3, 768),
+    "vit_small": (384, 12, 6, 1536),
+    "vit_base": (768, 12, 12, 3072),
+    "vit_large": (1024, 24, 16, 4096),
+    "vit_huge": (1280, 32, 16, 5120),
+    "vit_giant": (1408, 40, 16, 6144),
+    "vit_giant_xformers": (1408, 40, 22, 6144),
+    "vit_gigantic": (1664, 48, 16, 6656),
+    "vit_gigantic_xformers": (1664, 48, 26, 6656),
+}
+
+
+class EncoderConfig(Section):
+    """Size of the encoder and of its tokens."""
+
+    size: Size = "vit_large"
+    """Named size; `vit_giant_xformers` is the ViT-g of the V-JEPA 2 paper."""
+    width: PositiveInt | None = None
+    """Width of a token, if not the named size's; an even multiple of `heads`."""
+    depth: PositiveInt | None = None
+    """Number of blocks, if not the named size's."""
+    heads: PositiveInt | None = None
+    """Attention heads, if not the named size's."""
+    mlp_hidden: PositiveInt | None = None
+    """Hidden width of the MLPs; defaults to the named size's, or 4 times `width` if that is set."""
+    patch_size: int = Field(default=16, ge=1)
+    """Edge of a token in pixels."""
+    tubelet_size: int = Field(default=2, ge=1)
+    """Frames that one token spans."""
+
+    @property
+    def dims(self) -> ModelDims:
+        """The numbers behind the named size and its overrides."""
+        width, depth, heads, hidden = _SIZES[self.size]
+        if self.width is not None:
+            width, hidden = self.width, 4 * self.width
+        return ModelDims(
+            width=width,
+            depth=self.depth or depth,
+            heads=self.heads or heads,
+            mlp_hidden=self.mlp_hidden or hidden,
+        )
+
+    def grid(self, frames: int, resolution: int) -> Grid:
+        """The token grid of a square clip.
+
+        Raises:
+            ConfigError: The clip cannot be cut into whole tokens.
+        """
+        return self.grid_of(frames, resolution, resolution)
+
+    def grid_of(self, frames: int, height: int, width: int) -> Grid:
+        """The token grid of a clip of any shape, in frames and pixels.
+
+        Raises:
+            ConfigError: The clip cannot be cut into whole tokens.
+        """
+        return Grid(
+            t=_whole("frames", frames, "tubelet_size", self.tubelet_size),
+            h=_whole("height", height, "patch_size", self.patch_size),
+            w=_whole("width", width, "patch_size", self.patch_size),
+        )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        self.dims.check("encoder")
+        return self
+
+
+class PatchEmbed(nn.Module):
+    """Pixels to tokens: one strided 3-D convolution, flattened in (t, h, w) order, w fastest."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.proj = PatchConv(
+            config.dims.width, tubelet_size=config.tubelet_size, patch_size=config.patch_size
+        )
+
+    def forward(self, video_BCTHW: Tensor) -> Tensor:
+        """[B, 3, T, H, W] → [B, N, D]."""
+        return self.proj(video_BCTHW).flatten(2).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """Vision Transformer of V-JEPA 2 (arXiv 2506.09985): no class token, no position table.
+
+    Parameter names are those of the released state dicts. Weights are drawn from torch's global
+    CPU generator; build it under `torch.device("meta")` for its shapes alone.
+
+    Args:
+        config: Size and token shape.
+        attention: Kernel and rotary layout.
+        checkpoint_activations: Compute each block again in the backward pass instead of keeping
+            its activations: about a third more compute for a fraction of the memory.
+
+    Raises:
+        ConfigError: The attention backend is not installed.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        attention: AttentionConfig,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        check_backend(attention)
+        self.config = config
+        self.attention = attention
+        self.checkpoint_activations = checkpoint_activations
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = blocks(config.dims, attention)
+        self.norm = LayerNorm(config.dims.width)
+
+    def forward(
+        self, video_BCTHW: Tensor, keep_BK: Tensor | None = None, layers: tuple[int, ...] = ()
+    ) -> Tensor | list[Tensor]:
+        """Features of a clip's tokens, after the final norm.
+
+        Args:
+            video_BCTHW: Normalised frames; cast to the weights' dtype.
+            keep_BK: Indices of the tokens to encode, all of them if None. All tokens are embedded
+                and the kept ones gathered; each keeps the position of its index.
+            layers: 0-based blocks whose outputs are wanted, each put through the final norm.
+
+        Returns:
+            [B, K or N, D]; with `layers` a list of those, in the order of `layers`.
+
+        Raises:
+            ConfigError: The clip cannot be cut into whole tokens, or a layer is not there.
+        """
+        self._check_layers(layers)
+        grid = self.config.grid_of(*video_BCTHW.shape[2:])
+        x_BND = self.patch_embed(video_BCTHW.to(self.patch_embed.proj.weight.dtype))
+        index_BN = torch.arange(grid.num_tokens, device=x_BND.device)[None]
+        if keep_BK is not None:
+            x_BND, index_BN = gather_tokens(x_BND, keep_BK), keep_BK
+        head_dim = self.config.dims.head_dim
+        rotary = rotary_tables(index_BN, grid, head_dim, self.attention.rope)
+        taken: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            x_BND = run_block(block, x_BND, rotary, recompute=self.checkpoint_activations)
+            if layer in layers:
+                taken[layer] = self.norm(x_BND)
+        return [taken[layer] for layer in layers] if layers else self.norm(x_BND)
+
+    def _check_layers(self, layers: tuple[int, ...]) -> None:
+        wrong = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
+        if wrong:
+            raise ConfigError(
+                f"expected encoder layers from 0 to {len(self.blocks) - 1}, got {wrong}",
+                remedy="Name 0-based layers that this encoder has.",
+            )
+
+
+def _whole(name: str, size: int, unit_name: str, unit: int) -> int:
+    if size >= unit and size % unit == 0:
+        return size // unit
+    below = size // unit * unit
+    nearest = f"{below} or {below + unit}" if below else f"{unit}"
+    raise ConfigError(
+        f"expected {name} to be a multiple of {unit_name} {unit}, got {size}",
+        remedy=f"Set {name} to {nearest}, or change the encoder's {unit_name}.",
+    )
