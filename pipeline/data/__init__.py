@@ -1,0 +1,1 @@
+"""From shards to batches: the shard contract, the order of samples, decoding and loading."""

@@ -1,0 +1,98 @@
+"""Reading and writing a dataset's manifest, and the digests that identify a dataset."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.data.layout import MANIFEST_NAME, SCHEMA_VERSION, SHARD_PATTERN, Manifest, ShardEntry
+from pipeline.errors import DataError, StorageError, UsageError
+
+PREPARE_AGAIN = "Prepare it again with `jepa prep run`, or fetch a whole copy of it."
+_MAX_MANIFEST_BYTES = 1 << 28
+
+
+def read_manifest(dataset_dir: Path) -> Manifest:
+    """The manifest of a finished dataset.
+
+    Raises:
+        UsageError: There is none, or it has another schema version.
+        DataError: It is malformed.
+    """
+    path = dataset_dir / MANIFEST_NAME
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(
+            f"{dataset_dir}: no prepared dataset (no readable {MANIFEST_NAME}: {error.strerror})",
+            remedy="Prepare videos with `jepa prep run SOURCE --out FOLDER`, or correct the path.",
+        ) from error
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise DataError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes", remedy=PREPARE_AGAIN)
+    try:
+        version = json.loads(text).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{path}: schema version {version!r}, this jepa reads {SCHEMA_VERSION}",
+                remedy="Use the jepa that wrote it, or prepare the videos again.",
+            )
+        manifest = Manifest.model_validate_json(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: malformed: {error}", remedy=PREPARE_AGAIN) from error
+    for shard in manifest.shards:
+        if not SHARD_PATTERN.fullmatch(shard.name):
+            raise DataError(f"{path}: {shard.name!r} is no shard's name", remedy=PREPARE_AGAIN)
+    if manifest.digest != dataset_digest(manifest.index_sha256, manifest.shards):
+        raise DataError(f"{path}: digest does not fit the shards", remedy=PREPARE_AGAIN)
+    return manifest
+
+
+def dataset_digest(index_sha256: str, shards: Sequence[ShardEntry]) -> str:
+    """SHA-256 over the digests of the index and of every shard, in order."""
+    text = "\n".join(
+        [index_sha256, *(f"{shard.name} {shard.bytes} {shard.sha256}" for shard in shards)]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` in one step that survives a crash of the machine.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a finished, synchronised file its final name, and makes the name durable too."""
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
