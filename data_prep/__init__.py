@@ -1,0 +1,1 @@
+"""Preparation of videos into shards, and synthetic videos to practise on."""

@@ -1,0 +1,1 @@
+"""Synthetic clips in Something-Something style: what happens is told by motion alone."""
