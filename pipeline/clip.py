@@ -158,10 +158,10 @@ class Progress:
 
     step: int
     """1-based number of the step being taken."""
+    total_steps: int
+    """Steps of the whole run, all stages together."""
     stage: int
     """0-based index of the stage the step belongs to."""
-    momentum: float
-    """Momentum of the teacher's average at this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +170,8 @@ class Losses:
 
     total: Tensor
     terms: dict[str, Tensor]
+    features_ND: Tensor | None = None
+    """A sample of the target's features, detached, from which collapse signals are taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

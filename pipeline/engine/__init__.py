@@ -1,0 +1,1 @@
+"""The training loop: DeepSpeed, one step, when to stop and what to save."""

@@ -1,0 +1,147 @@
+"""What a checkpoint looks like on disk, and which ones a run has.
+
+RUN/checkpoints/step-00000400/              a commit: whole, or it would not have this name
+    manifest.json                           every file with size and SHA-256; written last
+    state.json                              step, data cursor, schedule values, groups, counters
+    weights-rank00000.safetensors           this rank's fp32 pieces of all weights and averages
+    rng-rank00000.safetensors               this rank's random generators
+    deepspeed/…                             optimiser state as DeepSpeed writes it
+RUN/checkpoints/step-00000500.partial-…/    a save that was cut short; ignored, then removed
+RUN/checkpoints/latest                      name of the newest commit; a hint only
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config.section import Section
+from pipeline.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+DEEPSPEED = "deepspeed"
+LATEST = "latest"
+_COMMIT = re.compile(r"step-(\d{8,})")
+_PARTIAL = re.compile(r"step-(\d{8,})\.partial-.+")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; one is also written at the start, at each stage's end, when the
+    run is stopped and when it is done."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints at multiples of this are kept for good, for probes along the run; the first
+    (the untrained weights) and the last always are. Leave out to keep only those."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of a commit."""
+
+    path: str
+    """Relative to the commit, with forward slashes."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What makes a folder a commit: nothing else in it is trusted unless it is listed here."""
+
+    schema_version: int
+    run_id: str
+    step: int
+    world_size: int
+    parent_step: int | None
+    created: str
+    """UTC, ISO 8601; a label, never used to decide anything."""
+    versions: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """A whole checkpoint of a run."""
+
+    step: int
+    path: Path
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Folder of a run's checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def commit_name(step: int) -> str:
+    """Folder name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def weights_name(rank: int) -> str:
+    """File of a rank's fp32 pieces."""
+    return f"weights-rank{rank:05d}.safetensors"
+
+
+def rng_name(rank: int) -> str:
+    """File of a rank's random generators."""
+    return f"rng-rank{rank:05d}.safetensors"
+
+
+def list_commits(run_dir: Path) -> list[Commit]:
+    """All commits of a run by rising step; whether their bytes are right is `verify`'s question."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        match = _COMMIT.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append(Commit(step=int(match.group(1)), path=path))
+    return sorted(found, key=lambda commit: commit.step)
+
+
+def list_partials(run_dir: Path) -> list[Path]:
+    """Saves that were cut short."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _PARTIAL.fullmatch(path.name))
+
+
+def read_manifest(commit_dir: Path) -> Manifest:
+    """Reads a commit's manifest.
+
+    Raises:
+        CheckpointError: It is missing, not readable or of another schema.
+    """
+    path = commit_dir / MANIFEST
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{commit_dir} has no {MANIFEST}: it is not a checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}") from error
+    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+        found = raw.get("schema_version") if isinstance(raw, dict) else None
+        raise CheckpointError(
+            f"{path} has schema version {found!r}; this jepa reads {SCHEMA_VERSION}.",
+            remedy="Use the jepa version that wrote the checkpoint.",
+        )
+    try:
+        files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
+        return Manifest(files=files, **raw)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

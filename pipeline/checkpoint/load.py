@@ -1,0 +1,164 @@
+"""Finding, verifying and reading checkpoints. Nothing is parsed before its digest matches."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.checkpoint import layout
+from pipeline.checkpoint.layout import Commit, Manifest
+from pipeline.checkpoint.save import sha256_of
+from pipeline.errors import CheckpointError
+
+# Which prefix of the weights file is meant by the words that people use.
+_PREFIX = {"teacher": "teacher.", "student": "encoder.", "predictor": "predictor."}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """A commit that is not what its manifest says."""
+
+    commit: Commit
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The commit to use, and the newer ones that were turned down."""
+
+    commit: Commit
+    manifest: Manifest
+    rejected: tuple[Rejected, ...]
+
+
+def find_commit(run_dir: Path, step: int | None = None) -> Found:
+    """The newest whole commit of a run, or that of a step, with every digest checked.
+
+    Args:
+        run_dir: Folder of the run.
+        step: A step to insist on; the newest that verifies otherwise.
+
+    Raises:
+        CheckpointError: There is none, the one asked for is not there, or it is damaged.
+    """
+    commits = layout.list_commits(run_dir)
+    if not commits:
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint.", remedy="Start the run with `jepa train CONFIG`."
+        )
+    if step is not None:
+        commits = [commit_of_step(run_dir, step)]
+    rejected = []
+    for commit in reversed(commits):
+        problems = verify(commit.path)
+        if not problems:
+            manifest = layout.read_manifest(commit.path)
+            return Found(commit=commit, manifest=manifest, rejected=tuple(rejected))
+        rejected.append(Rejected(commit=commit, reasons=tuple(problems)))
+    lines = [f"step {bad.commit.step}: {'; '.join(bad.reasons)}" for bad in rejected]
+    raise CheckpointError(f"No checkpoint of {run_dir} is whole.\n  " + "\n  ".join(lines))
+
+
+def commit_of_step(run_dir: Path, step: int) -> Commit:
+    """The commit of a step, not verified.
+
+    Raises:
+        CheckpointError: There is none; the message lists those that exist.
+    """
+    commits = layout.list_commits(run_dir)
+    for commit in commits:
+        if commit.step == step:
+            return commit
+    there = ", ".join(str(commit.step) for commit in commits) or "none"
+    raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {there}.")
+
+
+def verify(commit_dir: Path) -> list[str]:
+    """What is wrong with a commit: one line a problem, none if every byte is as it was written."""
+    try:
+        manifest = layout.read_manifest(commit_dir)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for entry in manifest.files:
+        path = commit_dir / entry.path
+        if not path.is_file():
+            problems.append(f"file {entry.path} is missing")
+        elif path.stat().st_size != entry.num_bytes:
+            size = path.stat().st_size
+            problems.append(f"file {entry.path} has {size} bytes, expected {entry.num_bytes}")
+        elif sha256_of(path) != entry.sha256:
+            problems.append(f"file {entry.path}: its digest differs, its content was changed")
+    return problems + [
+        f"file {name} is not in the manifest" for name in _extra(commit_dir, manifest)
+    ]
+
+
+def read_state(commit_dir: Path) -> dict[str, Any]:
+    """state.json of a verified commit."""
+    return json.loads((commit_dir / layout.STATE).read_text())
+
+
+def load_encoder_state(
+    commit_dir: Path, which: Literal["teacher", "student", "predictor"] = "teacher"
+) -> dict[str, Tensor]:
+    """A network's fp32 weights from a training checkpoint, at any world size.
+
+    Needs neither DeepSpeed nor a process group: pieces of all ranks are put together one
+    parameter at a time.
+
+    Args:
+        commit_dir: A commit's folder.
+        which: The averaged `teacher` (what evaluations use), the `student` or the `predictor`.
+
+    Returns:
+        Weights by parameter name as the module itself names them.
+
+    Raises:
+        CheckpointError: The commit is damaged or holds no such network.
+    """
+    problems = verify(commit_dir)
+    if problems:
+        raise CheckpointError(f"{commit_dir} is not whole: {'; '.join(problems)}")
+    prefix = _PREFIX[which]
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in iterate_weights(commit_dir)
+        if name.startswith(prefix)
+    }
+    if not state:
+        raise CheckpointError(f"{commit_dir} holds no {which}.")
+    return state
+
+
+def iterate_weights(commit_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """All whole fp32 weights of a commit, one after the other, so that memory stays small."""
+    manifest = layout.read_manifest(commit_dir)
+    paths = [commit_dir / layout.weights_name(rank) for rank in range(manifest.world_size)]
+    with safe_open(paths[0], framework="pt") as first:
+        shapes = json.loads(first.metadata()["shapes"])
+    readers = [safe_open(path, framework="pt") for path in paths]
+    try:
+        for name, shape in shapes.items():
+            yield name, _whole([reader.get_tensor(name) for reader in readers], shape)
+    finally:
+        for reader in readers:
+            reader.__exit__(None, None, None)
+
+
+def _whole(pieces: list[Tensor], shape: list[int]) -> Tensor:
+    numel = torch.Size(shape).numel()
+    # Without partitioning every rank's piece is the whole parameter.
+    flat = pieces[0] if pieces[0].numel() == numel else torch.cat(pieces)
+    return flat[:numel].reshape(shape).clone()
+
+
+def _extra(commit_dir: Path, manifest: Manifest) -> list[str]:
+    known = {entry.path for entry in manifest.files} | {layout.MANIFEST}
+    there = (path for path in commit_dir.rglob("*") if path.is_file())
+    return sorted({path.relative_to(commit_dir).as_posix() for path in there} - known)

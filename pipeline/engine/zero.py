@@ -1,0 +1,233 @@
+"""DeepSpeed, and nothing of it elsewhere: ZeRO stages 0 to 3 around any objective.
+
+Four things that DeepSpeed does silently and this file guards against: a frozen teacher's small
+parameters stay at an old value when only their shard is written; accumulation is counted inside
+the engine although stages change it; `latest` may name half a checkpoint; a step whose gradient is
+not finite is left out without a word.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+from torch import Tensor, nn
+
+from pipeline.checkpoint.layout import DEEPSPEED
+from pipeline.clip import ClipBatch, Losses, Progress
+from pipeline.errors import CheckpointError
+from pipeline.models.teacher import AveragedShard, TeacherAverage
+from pipeline.objectives import build_objective
+from pipeline.objectives.base import BuildOptions, Objective
+from pipeline.optim import parameter_groups
+from pipeline.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What an optimiser step did."""
+
+    gradient_norm: float
+    skipped: bool
+    """True if the gradient was not finite and no weight was changed."""
+
+
+class _Trained(nn.Module):
+    """The root that ZeRO partitions; its forward is the objective's loss."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.parts = objective.modules()
+        self._objective = (objective,)  # a tuple, since the objective is no module of ours
+        self.last: Losses | None = None
+
+    def forward(self, batch: ClipBatch, progress: Progress, scale: float) -> Tensor:
+        self.last = self._objective[0].loss(batch, progress)
+        return self.last.total * scale
+
+
+class ZeroEngine:
+    """An objective's networks, optimiser and averages, spread over the ranks.
+
+    Args:
+        config: The run's configuration.
+        device: This rank's device; the process group must stand.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        _quieten()
+        settings = deepspeed_settings(config, device)
+        options = BuildOptions(
+            attention=config.attention, checkpoint_activations=config.activation_checkpointing
+        )
+        self._stage = config.zero.stage
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self._stage == 3):
+            self.objective = build_objective(config.objective, options)
+            self._root = _Trained(self.objective)
+        groups = parameter_groups(self.objective.modules().items())
+        self._decays = [group["decays"] for group in groups]
+        optimizer = torch.optim.AdamW(
+            [{"params": g["params"], "name": g["name"], "weight_decay": 0.0} for g in groups],
+            lr=0.0,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=device.type == "cuda",
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=self._root, optimizer=optimizer, config=settings
+        )
+        self.objective.averages = [
+            self._average(student, teacher) for student, teacher in self.objective.averaged_pairs()
+        ]
+
+    def forward_backward(
+        self, batch: ClipBatch, progress: Progress, *, accumulation: int, last: bool
+    ) -> Losses:
+        """Adds one micro-batch's gradient; `last` names the one before the optimiser's step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        scaled = self._engine(batch, progress, 1.0 / accumulation)
+        losses = self._root.last
+        if losses is None:
+            raise RuntimeError("the engine did not run the objective's loss")
+        self._engine.backward(scaled)
+        return losses
+
+    def update(self, learning_rate: float, weight_decay: float) -> Update:
+        """Takes the optimiser's step with these values for every group (no decay where none)."""
+        for group, decays in zip(self._engine.optimizer.param_groups, self._decays, strict=True):
+            group["lr"] = learning_rate
+            group["weight_decay"] = weight_decay if decays else 0.0
+        self._engine.step()
+        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
+        norm = self._engine.get_global_grad_norm()
+        return Update(gradient_norm=float("nan") if norm is None else float(norm), skipped=skipped)
+
+    def group_table(self) -> list[dict[str, Any]]:
+        """Name, learning rate and weight decay of every parameter group, as they stand."""
+        return [
+            {
+                "name": group.get("name", ""),
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in self._engine.optimizer.param_groups
+        ]
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """This rank's fp32 pieces of all weights, averages in place of the teachers' storage.
+
+        Returns:
+            Pieces (flat) by name, and the shapes of the whole parameters by name.
+        """
+        averaged = {s.name: s for average in self.objective.averages for s in average.shards}
+        pieces: dict[str, Tensor] = {}
+        for average in self.objective.averages:
+            pieces.update(average.pieces())
+        shapes = {name: shard.shape for name, shard in averaged.items()}
+        for name, parameter in self.objective.modules().named_parameters():
+            if name not in averaged:
+                pieces[name] = self._fp32_piece(parameter).flatten()
+                shapes[name] = _shape(parameter)
+        return pieces, shapes
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each rank holds only its piece of a weight."""
+        return self._stage == 3
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's optimiser state below `folder`; all ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+
+    def load(self, folder: Path, averages: dict[str, Tensor]) -> None:
+        """Restores what `save` wrote, and the averages, in a fresh engine of the same world.
+
+        Raises:
+            CheckpointError: DeepSpeed found nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=DEEPSPEED, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no state in {folder}.")
+        for average in self.objective.averages:
+            average.load(averages)
+
+    def _average(self, student: nn.Module, teacher: nn.Module) -> TeacherAverage:
+        names = {id(p): name for name, p in self.objective.modules().named_parameters()}
+        pairs = list(zip(student.parameters(), teacher.parameters(), strict=True))
+        shards = [
+            AveragedShard(
+                name=names[id(old)],
+                numel=torch.Size(_shape(old)).numel(),
+                shape=_shape(old),
+                student_fp32=_lazily(self._fp32_piece, new),
+                storage=old.ds_tensor.data if self._stage == 3 else old.data.view(-1),
+            )
+            for new, old in pairs
+        ]
+        return TeacherAverage(shards=shards, refresh=lambda: _refresh([old for _, old in pairs]))
+
+    def _fp32_piece(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage == 3:
+            if not parameter.requires_grad:
+                return parameter.ds_tensor.detach().float()  # pyright: ignore[reportAttributeAccessIssue]
+            piece = safe_get_local_fp32_param(parameter)
+        else:
+            piece = safe_get_full_fp32_param(parameter)
+        return parameter.detach().float().view(-1) if piece is None else piece.detach().view(-1)
+
+
+def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a run."""
+    on_gpu = device.type == "cuda"
+    settings: dict[str, Any] = {
+        # Stages change micro-batch and accumulation inside one run, so the loop counts both and
+        # scales the loss; DeepSpeed sees steps of one micro-batch.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "overlap_comm": on_gpu,
+            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
+            "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
+        },
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": config.optimizer.clip_gradient_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "checkpoint": {"tag_validation": "Fail"},
+    }
+    return settings
+
+
+def _lazily(function: Callable[[nn.Parameter], Tensor], parameter: nn.Parameter) -> Any:
+    return lambda: function(parameter)
+
+
+def _refresh(parameters: list[nn.Parameter]) -> None:
+    # Small parameters stay gathered on every rank; writing the shard does not change that copy.
+    # Dropping it and gathering again does, in one collective for all of them.
+    kept: list[Any] = [p for p in parameters if getattr(p, "ds_persist", False)]
+    if kept:
+        kept[0].partition(kept)
+        kept[0].all_gather(kept)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _quieten() -> None:
+    deepspeed_logger.setLevel(logging.WARNING)
+    # On CPUs torch says this for each of thousands of collectives that DeepSpeed starts.
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*")

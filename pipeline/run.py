@@ -1,0 +1,108 @@
+"""A run's whole configuration: the one place that names every section.
+
+Numbers that follow from others (steps in all, accumulation, tokens) are functions, never stored.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.checkpoint.layout import CheckpointConfig
+from pipeline.clip import Grid
+from pipeline.config.section import Section
+from pipeline.data.stream import DataConfig
+from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask
+from pipeline.models.attention import AttentionConfig
+from pipeline.objectives import AnyObjectiveConfig
+from pipeline.optim import OptimizerConfig
+from pipeline.schedule import cosine, learning_rate
+from pipeline.stages import Stage, place_of_step, total_steps
+from pipeline.track.metrics import TrackConfig
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed spreads weights and optimiser state over the ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 3
+    """0 keeps everything on every rank, 1 spreads optimiser state, 2 gradients too, 3 weights."""
+    persistence_threshold: int = Field(default=100_000, ge=0)
+    """Parameters up to this many elements stay whole on every rank under stage 3."""
+    prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
+    """Elements that stage 3 gathers ahead of their use."""
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes, and how it is kept."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, and of its folder."""
+    runs_folder: Path = Path("runs")
+    """Folder that holds the folders of runs."""
+    seed: int = Field(default=239, ge=0)
+    """Decides initial weights, sample order, crops and masks."""
+    global_batch: int = Field(ge=1)
+    """Clips per optimiser step, all ranks together, in every stage."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Numbers that networks compute in; optimiser state and teacher average are always fp32."""
+    stages: tuple[Stage, ...] = Field(min_length=1, strict=False)
+    """What is trained one after the other: clip length, rate, size and learning rate of each."""
+    masks: tuple[BlockMask, ...] = Field(default=REFERENCE_MASKS, strict=False)
+    """Masks of every clip, for stages that name none of their own."""
+    objective: AnyObjectiveConfig
+    """What is learnt, and with which networks."""
+    data: DataConfig
+    """Where clips come from and how they are prepared."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW's settings."""
+    zero: ZeroConfig = ZeroConfig()
+    """How weights and optimiser state are spread over the ranks."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention kernel and position encoding."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about
+    a third more time."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
+    track: TrackConfig = TrackConfig()
+    """What is logged, how often and where."""
+    peer_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    """How long a rank waits for the others before it gives up."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are called {', '.join(twice)}: give each its own name")
+        for stage in self.stages:
+            self.objective.grid(stage.frames, stage.resolution)
+            if self.global_batch % stage.micro_batch:
+                raise ValueError(
+                    f"global_batch {self.global_batch} is not a multiple of stage {stage.name}'s "
+                    f"micro_batch {stage.micro_batch}"
+                )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.runs_folder / self.name
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of all stages together."""
+        return total_steps(self.stages)
+
+    def grid(self, frames: int, resolution: int) -> Grid:
+        """Tokens of a clip."""
+        return self.objective.grid(frames, resolution)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a 1-based step."""
+        place = place_of_step(self.stages, step)
+        return learning_rate(place.stage.learning_rate, place.step_in_stage, place.stage.steps)
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of a 1-based step."""
+        return cosine(self.optimizer.weight_decay, step, self.num_steps)
