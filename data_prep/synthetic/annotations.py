@@ -43,7 +43,7 @@ def split_file(annotations: Sequence[Annotation]) -> str:
     )
 
 
-def test_file(annotations: Sequence[Annotation]) -> str:
+def id_file(annotations: Sequence[Annotation]) -> str:
     """Text of `test.json`."""
     return _dump([{"id": str(entry.video)} for entry in annotations])
 

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from data_prep.synthetic.scene import Camera
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 # The texture spans 2 picture sides: half a side to each side for panning and zooming out.
 _SPAN = 2.0

@@ -7,6 +7,7 @@ without `labels/train.json` is an unfinished one.
 
 import json
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from typing import Any
 from data_prep.synthetic.annotations import (
     Annotation,
     answer_file,
+    id_file,
     label_file,
     split_file,
-    test_file,
 )
 from data_prep.synthetic.classes import PAIRS
 from data_prep.synthetic.knobs import ClipShape
 from data_prep.synthetic.scene import draw_scene
-from data_prep.synthetic.videos import Recipe, video_path, write_videos
+from data_prep.synthetic.videos import Recipe, is_written, write_videos
 from pipeline.errors import StorageError, UsageError
 
 RENDERER_VERSION = 1
@@ -132,14 +133,16 @@ def write_dataset(
 
     Raises:
         UsageError: `out` holds something else, or a data set of other parameters.
-        StorageError: The file system refused.
+        StorageError: The file system refused, or a rendering process was killed.
     """
+    if workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}.")
     try:
         _claim(out, config, overwrite)
         folder = out / "videos"
         folder.mkdir(exist_ok=True)
         numbers = [video for split in config.splits().values() for video in split]
-        missing = [video for video in numbers if not video_path(folder, video).exists()]
+        missing = [video for video in numbers if not is_written(folder, video)]
         done = len(numbers) - len(missing)
         for count in write_videos(folder, missing, config.recipe, workers):
             done += count
@@ -149,6 +152,11 @@ def write_dataset(
         _write_labels(out / "labels", config)
     except OSError as error:
         raise StorageError(f"Writing the synthetic data set in {out} failed: {error}") from error
+    except BrokenProcessPool as error:
+        raise StorageError(
+            "A rendering process was killed, most likely for want of memory.",
+            remedy="Run the same command again with fewer --workers; it continues.",
+        ) from error
     return SyntheticReport(
         folder=str(out),
         num_written=len(missing),
@@ -159,6 +167,8 @@ def write_dataset(
 
 def _claim(out: Path, config: SyntheticConfig, overwrite: bool) -> None:
     """Make the folder this data set's, or refuse."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; a folder is needed.", remedy="Choose another name.")
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"renderer_version": RENDERER_VERSION, **asdict(config)}
     written = _read_parameters(out)
@@ -214,7 +224,7 @@ def _write_labels(folder: Path, config: SyntheticConfig) -> None:
     }
     _replace(folder / "labels.json", label_file(config.pairs))
     _replace(folder / "validation.json", split_file(entries["validation"]))
-    _replace(folder / "test.json", test_file(entries["test"]))
+    _replace(folder / "test.json", id_file(entries["test"]))
     _replace(folder / "test-answers.csv", answer_file(entries["test"]))
     _replace(folder / "train.json", split_file(entries["train"]))
 

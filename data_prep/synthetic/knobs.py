@@ -39,8 +39,11 @@ class Knobs:
     action_share: tuple[float, float]
     """Share of the clip that the action takes."""
     shake: float
-    pan_per_second: float
-    zoom_per_second: float
+    """Most that the camera strays from its place."""
+    pan: float
+    """How far the background drifts in the course of a clip; any direction, whatever the class."""
+    zoom: float
+    """Logarithm of the factor by which the background grows or shrinks in a clip."""
     brightness: float
     wobble: float
     """How far a distractor strays from its place."""
@@ -58,11 +61,11 @@ class Knobs:
             travel=(between(0.42, 0.2), between(0.6, 0.4)),
             turn=(between(2.0, 1.0), between(3.6, 2.4)),
             growth=(between(2.2, 1.4), between(3.2, 2.0)),
-            size=(between(0.12, 0.08), between(0.17, 0.14)),
+            size=(between(0.14, 0.08), between(0.19, 0.14)),
             action_share=(between(0.75, 0.4), between(1.0, 0.9)),
             shake=between(0.0, 0.03),
-            pan_per_second=between(0.0, 0.12),
-            zoom_per_second=between(0.0, 0.08),
+            pan=between(0.0, 0.3),
+            zoom=between(0.0, 0.2),
             brightness=between(0.0, 0.3),
             wobble=between(0.0, 0.04),
             max_distractors=round(between(0, 4)),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_prep.synthetic.knobs import Knobs
 from data_prep.synthetic.looks import Look, draw_look
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Generator = np.random.Generator
 
 

@@ -14,7 +14,7 @@ from data_prep.synthetic.motions import Layer
 from data_prep.synthetic.scene import Camera, Scene
 from data_prep.synthetic.shapes import PATTERNS, SHAPES
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 # The farthest point of any outline from its centre, in radii (the corner of the board is 1.22).
 _REACH = 1.25

@@ -9,12 +9,11 @@ single frame and nothing in the surroundings tells the two classes of a pair apa
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_prep.synthetic.classes import PAIRS, Pair, bare, class_numbers, fill
 from data_prep.synthetic.knobs import ClipShape, Knobs
-from data_prep.synthetic.looks import Look, draw_look
-from data_prep.synthetic.motions import MOTIONS, Layer, Track, still
+from data_prep.synthetic.looks import draw_look
+from data_prep.synthetic.motions import MOTIONS, Array, Layer, Track, still
 
 Generator = np.random.Generator
 
@@ -25,15 +24,15 @@ _CLASS_STREAM, _CLIP_STREAM = 1, 2
 class Camera:
     """What happens to the whole picture, one value per frame [T]."""
 
-    shake_x: NDArray[np.float32]
+    shake_x: Array
     """Displacement of everything to the right, in picture sides."""
-    shake_y: NDArray[np.float32]
-    pan_x: NDArray[np.float32]
+    shake_y: Array
+    pan_x: Array
     """Place on the background that the picture's centre shows, in picture sides from its centre."""
-    pan_y: NDArray[np.float32]
-    zoom: NDArray[np.float32]
+    pan_y: Array
+    zoom: Array
     """Picture sides of background per picture side; below one magnifies."""
-    brightness: NDArray[np.float32]
+    brightness: Array
     """Factor on all colours."""
 
 
@@ -103,7 +102,7 @@ def compose(rng: Generator, pair: Pair, backward: bool, shape: ClipShape) -> Sce
     )
 
 
-def _progress(rng: Generator, seconds: NDArray[np.float32], knobs: Knobs) -> NDArray[np.float32]:
+def _progress(rng: Generator, seconds: Array, knobs: Knobs) -> Array:
     """How far the action has come in each frame, from 0 to 1, with rest before and after."""
     duration = seconds[-1] * rng.uniform(*knobs.action_share)
     start = rng.uniform(0, seconds[-1] - duration)
@@ -117,7 +116,7 @@ def _progress(rng: Generator, seconds: NDArray[np.float32], knobs: Knobs) -> NDA
     return bent.astype(np.float32)
 
 
-def _distractor(rng: Generator, seconds: NDArray[np.float32], knobs: Knobs) -> Layer:
+def _distractor(rng: Generator, seconds: Array, knobs: Knobs) -> Layer:
     x, y = rng.uniform(0.08, 0.92, size=2)
     track = still(len(seconds), x=x, y=y, size=rng.uniform(*knobs.size), angle=_angle(rng))
     wobble_x, wobble_y, turn = (_waver(rng, seconds, (0.6, 1.8)) for _ in range(3))
@@ -133,24 +132,22 @@ def _distractor(rng: Generator, seconds: NDArray[np.float32], knobs: Knobs) -> L
     )
 
 
-def _draw_camera(rng: Generator, seconds: NDArray[np.float32], knobs: Knobs) -> Camera:
-    middle = seconds - seconds[-1] / 2
-    heading, speed = _angle(rng), rng.uniform(0.2, 1.0) * knobs.pan_per_second
+def _draw_camera(rng: Generator, seconds: Array, knobs: Knobs) -> Camera:
+    middle = seconds / seconds[-1] - np.float32(0.5)
+    heading, drift = _angle(rng), rng.uniform(0.2, 1.0) * knobs.pan
     at_x, at_y = rng.uniform(-0.05, 0.05, size=2)
-    rate = rng.uniform(-1, 1) * knobs.zoom_per_second
+    magnification = rng.uniform(-1, 1) * knobs.zoom
     return Camera(
         shake_x=_waver(rng, seconds, (0.5, 2.5)) * knobs.shake,
         shake_y=_waver(rng, seconds, (0.5, 2.5)) * knobs.shake,
-        pan_x=(at_x + middle * (speed * np.cos(heading))).astype(np.float32),
-        pan_y=(at_y + middle * (speed * np.sin(heading))).astype(np.float32),
-        zoom=(rng.uniform(0.75, 1.0) * np.exp(middle * rate)).astype(np.float32),
+        pan_x=(at_x + middle * (drift * np.cos(heading))).astype(np.float32),
+        pan_y=(at_y + middle * (drift * np.sin(heading))).astype(np.float32),
+        zoom=(rng.uniform(0.75, 1.0) * np.exp(middle * magnification)).astype(np.float32),
         brightness=1 + _waver(rng, seconds, (0.1, 0.5)) * knobs.brightness,
     )
 
 
-def _waver(
-    rng: Generator, seconds: NDArray[np.float32], hertz: tuple[float, float]
-) -> NDArray[np.float32]:
+def _waver(rng: Generator, seconds: Array, hertz: tuple[float, float]) -> Array:
     """A smooth random path around zero; uniform phases make its law the same backwards."""
     frequency, phase = rng.uniform(*hertz, size=(3, 1)), rng.uniform(0, 2 * np.pi, size=(3, 1))
     return np.sin(2 * np.pi * frequency * seconds + phase).mean(axis=0).astype(np.float32)
@@ -158,6 +155,3 @@ def _waver(
 
 def _angle(rng: Generator) -> float:
     return float(rng.uniform(0, 2 * np.pi))
-
-
-__all__ = ["Camera", "Look", "Scene", "class_of", "compose", "draw_scene"]

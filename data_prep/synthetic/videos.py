@@ -41,6 +41,12 @@ def video_path(folder: Path, video: int) -> Path:
     return folder / f"{video}.mp4"
 
 
+def is_written(folder: Path, video: int) -> bool:
+    """True if a video stands whole; a crash of the machine can leave an empty file behind."""
+    path = video_path(folder, video)
+    return path.exists() and path.stat().st_size > 0
+
+
 def write_videos(
     folder: Path, videos: Sequence[int], recipe: Recipe, workers: int
 ) -> Iterator[int]:
