@@ -116,8 +116,8 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor, rotary: Tensor) -> Tensor:
         """[B, N, D] → [B, N, D]; `rotary` as `rope.rotary_tables` returns it."""
         qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, head_dim]
-        query, key, value = qkv.unbind(2)
-        out = attend(rotate(query, rotary), rotate(key, rotary), value, self.backend)
+        query, key = rotate(qkv[:, :, :2], rotary.unsqueeze(-3)).unbind(2)
+        out = attend(query, key, qkv[:, :, 2], self.backend)
         return self.proj(out.flatten(-2))
 
 

@@ -50,7 +50,7 @@ def token_positions(index: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rotary_tables(index_BN: Tensor, grid: Grid, head_dim: int, mode: RopeMode) -> Tensor:
-    """Cosines and sines for the tokens of a forward pass, shared by all its layers.
+    """What turns the tokens of a forward pass, computed once and shared by all its layers.
 
     Args:
         index_BN: Token indices in the clip's full grid; B may be 1 if all clips share them.
@@ -59,25 +59,33 @@ def rotary_tables(index_BN: Tensor, grid: Grid, head_dim: int, mode: RopeMode) -
         mode: How frequencies are laid out along an axis.
 
     Returns:
-        float32 [2, B, N, 1, head_dim]: cosines first, then sines; the tail has cosine 1, sine 0.
-        One tensor, because the hooks of ZeRO-3 look for tensors among a module's arguments.
+        float32 [2, B, N, 1, head_dim] for `rotate`; the tail is left as it is. One tensor,
+        because the hooks of ZeRO-3 look for tensors among a module's arguments.
     """
     dim = axis_dim(head_dim)
     # Angles are taken once per position of the longest axis, then gathered: tokens are many,
     # positions few.
     positions = torch.arange(max(grid.t, grid.h, grid.w), device=index_BN.device)
-    angles = rotary_angles(positions, dim, mode)
-    table_RPA = torch.stack((angles.cos(), angles.sin()))
-    parts = [table_RPA[:, position_BN] for position_BN in token_positions(index_BN, grid)]
+    factors_RPA = rotary_factors(rotary_angles(positions, dim, mode))
+    parts = [factors_RPA[:, position_BN] for position_BN in token_positions(index_BN, grid)]
     tail = torch.zeros(*parts[0].shape[:-1], head_dim - 3 * dim, device=index_BN.device)
     tail[0] = 1.0
     return torch.cat([*parts, tail], dim=-1).unsqueeze(-2)
 
 
+def rotary_factors(angle: Tensor) -> Tensor:
+    """Cosines and sines of angles [..., dim], stacked; each pair's first sine is negated."""
+    sin = angle.sin()
+    sin[..., 0::2].neg_()
+    return torch.stack((angle.cos(), sin))
+
+
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Head vectors [..., head_dim] turned by `rotary` [2, ..., head_dim], in float32, cast back."""
+    """Head vectors [..., head_dim] turned by `rotary` [2, ..., head_dim], in float32, cast back.
+
+    x · cos + (x with its pairs swapped) · signed sin. Rotation is bound by memory traffic, so no
+    term gets a float32 copy of its own: the cast is left to type promotion, the sign to the table.
+    """
     cos, sin = rotary
-    values = x.float()
-    pairs = values.unflatten(-1, (-1, 2))
-    swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    return (values * cos + swapped * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

@@ -1,0 +1,88 @@
+"""Exact parameter counts and forward FLOPs of the networks: arithmetic on their configs.
+
+A FLOP count is twice the multiply-adds of the matrix products (linear layers, both products of
+attention, patch convolution). Norms, GELU, softmax, rotations and additions count as nothing, as
+is usual for model FLOPs; a backward pass costs twice the forward.
+"""
+
+from pipeline.models.encoder import EncoderConfig
+from pipeline.models.layers import ModelDims
+from pipeline.models.predictor import PredictorConfig
+
+
+def encoder_params(config: EncoderConfig) -> int:
+    """Parameters of the encoder."""
+    dims = config.dims
+    patch = _linear_params(_tubelet_values(config), dims.width)
+    return patch + _blocks_params(dims) + _norm_params(dims.width)
+
+
+def predictor_params(config: PredictorConfig, encoder_width: int) -> int:
+    """Parameters of the predictor, its mask tokens included."""
+    dims = config.dims
+    ends = _linear_params(encoder_width, dims.width) + _linear_params(dims.width, encoder_width)
+    mask_tokens = config.num_mask_tokens * dims.width
+    return ends + mask_tokens + _blocks_params(dims) + _norm_params(dims.width)
+
+
+def encoder_flops(config: EncoderConfig, tokens: int, *, embedded: int | None = None) -> float:
+    """FLOPs of encoding one clip, forward only.
+
+    Args:
+        config: The encoder.
+        tokens: Tokens that go through the blocks.
+        embedded: Tokens that are embedded, which is all tokens of the clip's grid even when a
+            mask keeps fewer; defaults to `tokens`.
+    """
+    dims = config.dims
+    num_embedded = tokens if embedded is None else embedded
+    patch = _linear_flops(num_embedded, _tubelet_values(config), dims.width)
+    return patch + _blocks_flops(dims, tokens)
+
+
+def predictor_flops(
+    config: PredictorConfig, encoder_width: int, context: int, target: int
+) -> float:
+    """FLOPs of one prediction for one clip, forward only.
+
+    Args:
+        config: The predictor.
+        encoder_width: Width of the encoder's features.
+        context: Context tokens, projected in.
+        target: Target tokens, projected out.
+    """
+    dims = config.dims
+    ends = _linear_flops(context + target, encoder_width, dims.width)
+    return ends + _blocks_flops(dims, context + target)
+
+
+def _tubelet_values(config: EncoderConfig) -> int:
+    """Numbers in one token's pixels: 3 colours of tubelet_size patches."""
+    return 3 * config.tubelet_size * config.patch_size**2
+
+
+def _linear_params(num_in: int, num_out: int) -> int:
+    return num_in * num_out + num_out
+
+
+def _norm_params(width: int) -> int:
+    return 2 * width
+
+
+def _blocks_params(dims: ModelDims) -> int:
+    attention = _linear_params(dims.width, 3 * dims.width) + _linear_params(dims.width, dims.width)
+    mlp = _linear_params(dims.width, dims.mlp_hidden) + _linear_params(dims.mlp_hidden, dims.width)
+    return dims.depth * (attention + mlp + 2 * _norm_params(dims.width))
+
+
+def _linear_flops(tokens: int, num_in: int, num_out: int) -> float:
+    return 2.0 * tokens * num_in * num_out
+
+
+def _blocks_flops(dims: ModelDims, tokens: int) -> float:
+    # qkv and output projection are four width² products; scores and their sum over the values are
+    # one tokens² · width product each, whatever the number of heads.
+    projections = _linear_flops(tokens, dims.width, 4 * dims.width)
+    mlp = _linear_flops(tokens, dims.width, 2 * dims.mlp_hidden)
+    attention = _linear_flops(tokens, tokens, 2 * dims.width)
+    return dims.depth * (projections + mlp + attention)
