@@ -15,6 +15,5 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         use_attribute_docstrings=True,
-        validate_default=True,
         allow_inf_nan=False,
     )
