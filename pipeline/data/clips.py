@@ -1,0 +1,120 @@
+"""One clip from start to end: which sample, which moments, decode, crop.
+
+One bad video never shifts the order: its place is taken by a deterministic substitute from the
+same source, and the fault travels with the clip, so that the run can name, count and bound it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pipeline.clip import Clip, ClipRef, MicroBatchPlan, SampleFault
+from pipeline.data.augment import CropSpec, crop, random_box
+from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.decode import decode_frames
+from pipeline.data.format import IndexRecord, Member, ShardIndex
+from pipeline.data.order import OrderSpec, Purpose, clip_ref, position_generator
+from pipeline.data.sampling import clip_times, reference_times
+from pipeline.data.settings import DataConfig
+from pipeline.errors import DataError
+
+
+def open_sources(config: DataConfig) -> tuple[ShardIndex, ...]:
+    """Open and verify the datasets of the mixture.
+
+    Raises:
+        UsageError: A folder holds no finished dataset.
+        DataError: A dataset does not agree with its manifest.
+    """
+    return tuple(ShardIndex.open(source.path) for source in config.sources)
+
+
+def make_order(config: DataConfig, datasets: Sequence[ShardIndex], seed: int) -> OrderSpec:
+    """The order of samples that the configuration and the run's seed stand for."""
+    return OrderSpec(
+        seed=seed,
+        sizes=tuple(len(dataset) for dataset in datasets),
+        weights=tuple(source.weight for source in config.sources),
+        block=config.mixture_block,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadClip:
+    """One clip: the sample that the order names, or its first good substitute."""
+
+    config: DataConfig
+    order: OrderSpec
+    datasets: tuple[ShardIndex, ...]
+
+    def __call__(self, position: int, plan: MicroBatchPlan) -> Clip:
+        """The clip at a global position, in the size that the plan asks for.
+
+        Raises:
+            DataError: The sample and all its substitutes are bad.
+            StorageError: A shard cannot be read.
+        """
+        faults: list[SampleFault] = []
+        for attempt in range(1 + self.config.max_substitutes):
+            ref = clip_ref(self.order, position, attempt)
+            try:
+                return replace(self._load(ref, plan), faults=tuple(faults))
+            except BadMediaError as error:
+                faults.append(self._fault(ref, error))
+        last = faults[-1]
+        raise DataError(
+            f"position {position}: a sample and {self.config.max_substitutes} substitutes of "
+            f"{last.dataset} are all bad; the last one, {last.key} in {last.shard}: {last.reason}"
+        )
+
+    def _load(self, ref: ClipRef, plan: MicroBatchPlan) -> Clip:
+        dataset, seed = self.datasets[ref.source], self.order.seed
+        record = dataset.record(ref.sample)
+        payload = dataset.read_member(record, Member.VIDEO)
+        times_T = self._times(record, ref.position, plan)
+        decoded = decode_frames(payload, times_T, self.config.decode)
+        height, width = decoded.frames_THWC.shape[1:3]
+        box = random_box(
+            self._crop_spec(), height=height, width=width, seed=seed, position=ref.position
+        )
+        video_CTHW = crop(
+            decoded.frames_THWC, box, plan.resolution, antialias=self.config.antialias
+        )
+        return Clip(
+            ref=ref, key=record.key, video_CTHW=video_CTHW, times=torch.from_numpy(decoded.times)
+        )
+
+    def _times(self, record: IndexRecord, position: int, plan: MicroBatchPlan) -> np.ndarray:
+        unit = position_generator(self.order.seed, position, Purpose.CLIP_START).random()
+        if self.config.sampling == "time":
+            return clip_times(record.duration_seconds, plan.frames, plan.fps, unit)
+        try:
+            return reference_times(
+                duration_seconds=record.duration_seconds,
+                video_frames=record.num_frames,
+                num_frames=plan.frames,
+                fps=plan.fps,
+                unit=unit,
+            )
+        except ValueError as error:
+            raise BadMediaError(BadReason.TOO_SHORT, str(error)) from error
+
+    def _crop_spec(self) -> CropSpec:
+        return CropSpec(
+            scale=self.config.crop_scale,
+            aspect_ratio=self.config.crop_aspect_ratio,
+            horizontal_flip=self.config.horizontal_flip,
+        )
+
+    def _fault(self, ref: ClipRef, error: BadMediaError) -> SampleFault:
+        dataset = self.datasets[ref.source]
+        record = dataset.record(ref.sample)
+        return SampleFault(
+            position=ref.position,
+            dataset=str(dataset.path),
+            shard=dataset.shard_path(record).name,
+            key=record.key,
+            reason=str(error),
+        )

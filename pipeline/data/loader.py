@@ -1,0 +1,179 @@
+"""Worker processes around the stream: micro-batches in plan order, and how long they were awaited.
+
+Workers hold no state worth saving: what a micro-batch contains depends on its plan alone. Any
+number of them gives the same micro-batches, and a resume starts them at the next step's plan.
+"""
+
+import atexit
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from pipeline.clip import ClipBatch
+from pipeline.data import worker
+from pipeline.data.clips import LoadClip, make_order, open_sources
+from pipeline.data.settings import DataConfig
+from pipeline.data.stream import Collate, Plans, micro_batches
+from pipeline.errors import DataError, JepaError
+
+_JOIN_SECONDS = 5.0
+
+
+def make_loader(
+    config: DataConfig, *, plans: Plans, collate: Collate, seed: int, pin: bool = False
+) -> "Loader":
+    """Open the datasets and start the workers.
+
+    Args:
+        config: The run's data section.
+        plans: This rank's micro-batches in the order of training, all stages together. With
+            workers it is pickled: give a sequence, or a function such as a `functools.partial`
+            of a generator function, which every worker calls for itself.
+        collate: Makes one `ClipBatch` of clips and their plan; picklable.
+        seed: The run's seed.
+        pin: Move micro-batches to page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        UsageError: A source is no finished dataset.
+        DataError: A dataset does not agree with its manifest.
+        ConfigError: The weights do not fit the mixture.
+    """
+    if isinstance(plans, Iterator):
+        plans = tuple(plans)
+    datasets = open_sources(config)
+    order = make_order(config, datasets, seed)
+    load_clip = LoadClip(config=config, order=order, datasets=datasets)
+    return Loader(micro_batches(plans, load_clip, collate), config, pin=pin)
+
+
+class Loader:
+    """An iterator over one rank's micro-batches; its workers live until `close`.
+
+    Attributes:
+        wait_seconds: How long the last `next()` waited for its micro-batch.
+    """
+
+    def __init__(
+        self, stream: IterableDataset[ClipBatch | JepaError], config: DataConfig, *, pin: bool
+    ) -> None:
+        self.wait_seconds = 0.0
+        self._budget = ErrorBudget(config)
+        self._workers: list[Any] = []
+        self._batches: Iterator[Any] | None = iter(_data_loader(stream, config, pin=pin))
+        # A private list, but the only way to learn a worker's exit code and to end one that
+        # hangs; absent without workers.
+        self._workers = list(getattr(self._batches, "_workers", ()))
+        # Before multiprocessing's own exit handler, which would wait for workers for ever.
+        atexit.register(self.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        """The next micro-batch of the plan.
+
+        Raises:
+            StopIteration: The plans are done, or the loader is closed.
+            DataError: Too many bad samples, or a worker died.
+        """
+        if self._batches is None:
+            raise StopIteration
+        begin = time.monotonic()
+        try:
+            item = next(self._batches)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self.wait_seconds = time.monotonic() - begin
+        if isinstance(item, JepaError):
+            raise item
+        self._budget.charge(item)
+        return item
+
+    def close(self) -> None:
+        """End the workers; those that do not stop by themselves are killed."""
+        atexit.unregister(self.close)
+        # DataLoader asks its workers to stop when its iterator is deleted.
+        self._batches = None
+        for process in self._workers:
+            process.join(_JOIN_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        dead = [process for process in self._workers if process.exitcode not in (None, 0)]
+        if not dead:
+            return error
+        causes = ", ".join(
+            f"worker {process.pid}: {worker.cause_of_death(process.exitcode)}" for process in dead
+        )
+        return DataError(
+            f"A loader worker died: {causes}.",
+            remedy="Free memory: fewer data.workers, a smaller data.prefetch, or a larger /dev/shm "
+            "(a container's default is 64 MiB); then resume.",
+        )
+
+
+class ErrorBudget:
+    """Counts one rank's bad samples and says when there are too many."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.num_clips = 0
+        self.num_bad = 0
+
+    def charge(self, batch: ClipBatch) -> None:
+        """Count a micro-batch.
+
+        Raises:
+            DataError: More bad samples than both limits of the configuration allow.
+        """
+        self.num_clips += len(batch.keys)
+        self.num_bad += len(batch.faults)
+        allowed = max(
+            self.config.max_bad_samples, int(self.config.max_bad_fraction * self.num_clips)
+        )
+        if self.num_bad > allowed:
+            last = batch.faults[-1]
+            raise DataError(
+                f"{self.num_bad} bad samples in {self.num_clips} clips, allowed are {allowed}; the "
+                f"last one, {last.key} in {last.dataset}/{last.shard}: {last.reason}",
+                remedy="Prepare the dataset again, or raise data.max_bad_fraction if it is meant.",
+            )
+
+
+def _data_loader(
+    stream: IterableDataset[ClipBatch | JepaError], config: DataConfig, *, pin: bool
+) -> DataLoader[ClipBatch | JepaError]:
+    if config.workers == 0:
+        return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin)
+    return DataLoader(
+        stream,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch,
+        multiprocessing_context=worker.start_server(),
+        worker_init_fn=worker.begin,
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    """The stream has collated already; DataLoader's default would look into the item."""
+    return item

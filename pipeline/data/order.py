@@ -1,0 +1,187 @@
+"""Which sample stands at a global position: a pure function of (seed, position).
+
+Positions are dealt out in blocks of K slots. In a block every source holds a whole number of
+slots, so proportions are exact at every block border; a permutation keyed by the block scatters
+the slots. How often a source has come up before a position is a closed formula, so position 10⁹ is
+found as fast as position 0 and nothing is stored but the position itself. A source is passed
+through in full, in a new order each time, before any of its samples comes again; small sources
+begin their next epoch earlier than large ones.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline.clip import ClipRef
+from pipeline.errors import ConfigError, DataError
+
+_NUM_ROUNDS = 6  # Luby and Rackoff prove four; two more cost 2 µs and forgive the plain hash
+_MASK64 = (1 << 64) - 1
+_GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+class Purpose(IntEnum):
+    """What a random number is for; keeps draws apart that share seed and position.
+
+    The numbers are part of the order: changing one changes every run.
+    """
+
+    SLOTS = 1
+    SAMPLES = 2
+    SUBSTITUTE = 3
+    CLIP_START = 4
+    CROP = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderSpec:
+    """Everything that the order of samples depends on.
+
+    Args:
+        seed: The run's seed.
+        sizes: Samples of each source.
+        weights: Share of each source among the clips, in any unit.
+        block: Slots per block, K.
+
+    Raises:
+        DataError: A source has no samples.
+        ConfigError: A weight is not positive, or there are too many sources for the block.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    block: int = 1000
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.weights) or not self.sizes:
+            raise ConfigError(
+                f"{len(self.sizes)} sources and {len(self.weights)} weights: expected at least "
+                "one source and as many weights as sources"
+            )
+        for number, (size, weight) in enumerate(zip(self.sizes, self.weights, strict=True)):
+            if size < 1:
+                raise DataError(f"source {number} has no samples")
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ConfigError(f"source {number} has weight {weight}, expected more than 0")
+        others = len(self.weights) - 1
+        if self.block * max(self.weights) < others * sum(self.weights):
+            # Below this the largest source, which absorbs all rounding, could owe slots.
+            raise ConfigError(
+                f"{len(self.sizes)} sources do not fit a mixture block of {self.block} clips",
+                remedy=f"Set mixture_block to {others * len(self.sizes)} or more.",
+            )
+
+
+def clip_ref(order: OrderSpec, position: int, attempt: int = 0) -> ClipRef:
+    """The sample at a global position.
+
+    Args:
+        order: Seed, sources and weights.
+        position: 0-based number of the clip in the whole run.
+        attempt: 0 for the sample itself; n for the n-th substitute, another sample of the same
+            source, if the sample and n - 1 substitutes turned out to be bad.
+    """
+    block, slot = divmod(position, order.block)
+    slot = permute(slot, order.block, mix(order.seed, Purpose.SLOTS, block))
+    source, counter = _source_of_slot(order, block, slot)
+    size = order.sizes[source]
+    epoch, index = divmod(counter, size)
+    sample = permute(index, size, _epoch_key(order.seed, source, epoch))
+    if attempt > 0 and size > 1:
+        # An offset of 1 … size - 1 never comes back to the sample that is bad.
+        offset = mix(order.seed, Purpose.SUBSTITUTE, position, attempt) % (size - 1)
+        sample = (sample + 1 + offset) % size
+    return ClipRef(position=position, source=source, sample=sample, epoch=epoch, attempt=attempt)
+
+
+def position_generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:
+    """Random numbers of one clip for one purpose: counter-based Philox keyed by all three."""
+    key = np.array([mix(seed, purpose), position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def permute(value: int, size: int, key: int) -> int:
+    """Where a keyed permutation of range(size) puts `value`, without a table.
+
+    A six-round Feistel network over pairs of digits (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains", §5), walked along its cycle until the result lies in range(size);
+    the digits' bases are about √size, so nearly every first result does.
+    """
+    high_base = math.isqrt(size - 1) + 1
+    low_base = -(-size // high_base)
+    while True:
+        value = _feistel(value, high_base, low_base, key)
+        if value < size:
+            return value
+
+
+def mix(*words: int) -> int:
+    """A 64-bit hash of non-negative integers (a chain of SplitMix64 finalisers)."""
+    state = 0
+    for word in words:
+        state = _finalise((state ^ (word & _MASK64)) + _GOLDEN64)
+    return state
+
+
+def _source_of_slot(order: OrderSpec, block: int, slot: int) -> tuple[int, int]:
+    """Source that holds a slot of a block, and how many clips it gave before that slot."""
+    before = _clips_before(order.weights, order.block, block)
+    after = _clips_before(order.weights, order.block, block + 1)
+    for source, (start, end) in enumerate(zip(before, after, strict=True)):
+        if slot < end - start:
+            return source, start + slot
+        slot -= end - start
+    raise AssertionError(f"block {block} has fewer slots than {order.block}")
+
+
+@lru_cache(maxsize=64)
+def _clips_before(weights: tuple[float, ...], block_size: int, block: int) -> tuple[int, ...]:
+    """Clips that each source gives in the blocks before `block`; they sum to block · K.
+
+    All but the heaviest source get ⌊w · block · K⌋, which never falls as blocks go on; the
+    heaviest takes what is left.
+    """
+    numerators, denominator = _shares(weights)
+    total = block * block_size
+    clips = [numerator * total // denominator for numerator in numerators]
+    heaviest = numerators.index(max(numerators))
+    clips[heaviest] += total - sum(clips)
+    return tuple(clips)
+
+
+@lru_cache(maxsize=8)
+def _shares(weights: tuple[float, ...]) -> tuple[tuple[int, ...], int]:
+    """Weights as exact fractions of their sum: numerators and the common denominator.
+
+    A float stands for the decimal that was written in the configuration: 0.1 means 1/10.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    denominator = math.lcm(*(share.denominator for share in shares))
+    return tuple(int(share * denominator) for share in shares), denominator
+
+
+@lru_cache(maxsize=256)
+def _epoch_key(seed: int, source: int, epoch: int) -> int:
+    return mix(seed, Purpose.SAMPLES, source, epoch)
+
+
+def _feistel(value: int, high_base: int, low_base: int, key: int) -> int:
+    high, low = divmod(value, low_base)
+    bases = (high_base, low_base)
+    for number in range(_NUM_ROUNDS):
+        mask = _finalise(key + number * _GOLDEN64 + (low << 8))
+        high, low = low, (high + mask) % bases[number % 2]
+    return high * low_base + low
+
+
+def _finalise(state: int) -> int:
+    state &= _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return state ^ (state >> 31)

@@ -1,0 +1,108 @@
+"""The steps that a micro-batch goes through in a worker, from its plan to its tensors.
+
+Members are read by offset and parsed by their own formats' readers; webdataset's automatic
+decoding, which would unpickle what a tar says is a pickle, has no part in it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.utils.data import IterableDataset
+from webdataset import filters
+from webdataset.pipeline import DataPipeline
+
+from pipeline.clip import Clip, ClipBatch, MicroBatchPlan
+from pipeline.data.clips import LoadClip
+from pipeline.data.settings import DataConfig, Source
+from pipeline.data.worker import with_deadline
+from pipeline.errors import JepaError
+
+__all__ = ["Collate", "DataConfig", "Plans", "Source", "micro_batches"]
+
+Collate = Callable[[Sequence[Clip], MicroBatchPlan], ClipBatch]
+Plans = Iterable[MicroBatchPlan] | Callable[[], Iterable[MicroBatchPlan]]
+
+
+def micro_batches(
+    plans: Plans, load_clip: LoadClip, collate: Collate
+) -> IterableDataset[ClipBatch | JepaError]:
+    """The pipeline of one worker, top to bottom; it can be pickled as long as its parts can.
+
+    Yields:
+        Every N-th planned micro-batch if there are N workers, or, as its last item, the error
+        that ended it: torch's DataLoader would turn a raised one into its traceback's text.
+    """
+    return DataPipeline(  # pyright: ignore[reportReturnType] - untyped; it is one
+        EveryNthPlan(plans),
+        filters.map(LoadClips(load_clip)),
+        filters.map(CollateClips(collate)),
+        errors_as_last_item,
+        Deadline(load_clip.config.worker_timeout_seconds),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedPlan:
+    """A micro-batch's plan and its clips, in the order of their positions."""
+
+    plan: MicroBatchPlan
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNthPlan:
+    """Worker w of N takes the plans w, w + N, …; DataLoader's round robin restores their order."""
+
+    plans: Plans
+
+    def __call__(self) -> Iterator[MicroBatchPlan]:
+        """The plans of the process that calls this."""
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        plans = self.plans() if callable(self.plans) else self.plans
+        return islice(plans, first, None, step)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadClips:
+    """Fill a plan with its clips."""
+
+    load_clip: LoadClip
+
+    def __call__(self, plan: MicroBatchPlan) -> LoadedPlan:
+        """Load the clip of every position of the plan."""
+        clips = tuple(self.load_clip(position, plan) for position in plan.positions)
+        return LoadedPlan(plan=plan, clips=clips)
+
+
+@dataclass(frozen=True, slots=True)
+class CollateClips:
+    """Stack the clips and draw their masks, by a function from the room of masks."""
+
+    collate: Collate
+
+    def __call__(self, loaded: LoadedPlan) -> ClipBatch:
+        """One micro-batch."""
+        return self.collate(loaded.clips, loaded.plan)
+
+
+def errors_as_last_item(batches: Iterator[ClipBatch]) -> Iterator[ClipBatch | JepaError]:
+    """Hand an error on as an item, so that it crosses the process border whole."""
+    try:
+        yield from batches
+    except JepaError as error:
+        yield error
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Ends a worker that hangs; the training process itself is guarded by the engine."""
+
+    seconds: float
+
+    def __call__(self, batches: Iterator[ClipBatch | JepaError]) -> Iterator[ClipBatch | JepaError]:
+        """The same batches, each in time."""
+        in_worker = torch.utils.data.get_worker_info() is not None
+        return with_deadline(batches, self.seconds) if in_worker else batches
