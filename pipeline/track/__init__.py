@@ -1,0 +1,1 @@
+"""What a run says about itself: records, rates, health, and the places that show them."""

@@ -1,0 +1,116 @@
+"""The files of a run's folder that trackers, status and report share."""
+
+# Imports no torch: the process that uploads to MLflow should cost the machine little.
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+SYSTEM_FILE = "system.jsonl"
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+STOP_FILE = "stop"
+QUARANTINE_FILE = "quarantine.jsonl"
+MLFLOW_FILE = "mlflow.json"
+PROBE_FOLDER = "probes"
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeScore:
+    """One file of the probe folder; accuracies are shares between 0 and 1."""
+
+    name: str
+    task: str
+    head: str
+    step: int | None
+    """Training step of the probed checkpoint; 0 for the untrained encoder."""
+    trained: bool
+    top1: float
+    top5: float | None
+    chance: float | None
+    num_val: int | None
+    seed: int | None
+    written: float
+    """When the file was written, unix seconds."""
+
+
+def read_run_info(run_dir: Path) -> dict[str, Any]:
+    """The content of run.json; empty if there is none yet.
+
+    Raises:
+        StorageError: If the file is there but holds no JSON object.
+    """
+    return read_json_object(run_dir / RUN_FILE)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file; empty if it is not there.
+
+    Raises:
+        StorageError: If it cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StorageError(f"Cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"Expected a JSON object in {path}, got {type(content).__name__}.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a small JSON file whole, so that no reader meets half of it.
+
+    Raises:
+        StorageError: If the folder cannot be written to.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {error}") from error
+
+
+def read_probes(run_dir: Path) -> tuple[ProbeScore, ...]:
+    """All probe scores, oldest checkpoint first.
+
+    Raises:
+        StorageError: If a file of the probe folder is no probe result.
+    """
+    paths = sorted((run_dir / PROBE_FOLDER).glob("*.json"))
+    scores = [_probe_score(path) for path in paths]
+    return tuple(sorted(scores, key=lambda score: (score.step or 0, score.name)))
+
+
+def _probe_score(path: Path) -> ProbeScore:
+    record = read_json_object(path)
+    if not isinstance(record.get("top1"), int | float):
+        raise StorageError(f"{path} is no probe result: it has no number `top1`.")
+    step = record.get("step")
+    untrained = step == 0 or str(record.get("which")) == "untrained"
+    return ProbeScore(
+        name=path.stem,
+        task=str(record.get("task", "task")),
+        head=str(record.get("head", "head")),
+        step=step,
+        trained=not untrained,
+        top1=float(record["top1"]),
+        top5=record.get("top5"),
+        chance=record.get("chance"),
+        num_val=record.get("num_val"),
+        seed=record.get("seed"),
+        written=path.stat().st_mtime,
+    )

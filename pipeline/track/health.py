@@ -1,0 +1,219 @@
+"""Do the features still tell clips apart? A verdict on a run in plain words.
+
+The loss of a moving-average method is only a proxy: its target moves. It can fall while the
+features die, and rise while they grow richer. So the verdict looks at the features themselves.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.clip import StepReport
+
+State = Literal["healthy", "watch", "collapsed"]
+
+_WORSE: tuple[State, ...] = ("healthy", "watch", "collapsed")
+# One odd batch must not change the verdict: it is taken on the median of this many measurements.
+_SMOOTH = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """The verdict, and the reasons a person can follow."""
+
+    state: State
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Limit:
+    """One rule: how a signal is judged and what it means in words."""
+
+    signal: str
+    bad: Callable[[float, float], bool]
+    """Compares (value, limit)."""
+    watch: float
+    collapsed: float
+    meaning: str
+
+
+def _below(value: float, limit: float) -> bool:
+    return value < limit
+
+
+def _above(value: float, limit: float) -> bool:
+    return value > limit
+
+
+_LIMITS = (
+    _Limit(
+        signal="feature_std",
+        bad=_below,
+        watch=0.1,
+        collapsed=0.05,
+        meaning="the features hardly differ from one place or clip to another (spread {value:.3f}, "
+        "healthy is above 0.1)",
+    ),
+    _Limit(
+        signal="effective_rank",
+        bad=_below,
+        watch=3.0,
+        collapsed=1.5,
+        meaning="nearly all features lie along one direction (effective rank {value:.1f}, healthy "
+        "is above 3 and not falling)",
+    ),
+    _Limit(
+        signal="clip_cosine",
+        bad=_above,
+        watch=0.99,
+        collapsed=0.999,
+        meaning="different clips get nearly the same features (cosine similarity {value:.4f}, "
+        "healthy is below 0.99)",
+    ),
+    _Limit(
+        signal="between_clip_share",
+        bad=_below,
+        watch=0.1,
+        collapsed=0.01,
+        meaning="the features say where a token stands rather than what the video shows "
+        "({value:.1%} of their variance is between clips, healthy is above 10 %)",
+    ),
+)
+
+
+def verdict(history: Sequence[StepReport]) -> Health:
+    """Judges a run by its features, on the median of the last three measurements.
+
+    Collapsed, if a signal is past its collapse limit. Watch, if one is past its warning limit,
+    if the effective rank has lost more than half of its best, if updates are being skipped, or
+    if there are fewer than three measurements. Healthy otherwise. The loss is explained in a
+    sentence and never decides.
+
+    Args:
+        history: Steps in order; those without `health` count for the loss alone.
+    """
+    measured = [report for report in history if report.health]
+    if not measured:
+        return Health(
+            state="watch",
+            sentences=(
+                "No features have been measured yet, so nothing can be said about collapse.",
+            ),
+        )
+    found: list[tuple[State, str]] = [
+        *_broken_limits(measured),
+        *_lost_rank(measured),
+        *_skipped(history),
+        *_too_early(measured),
+    ]
+    state = _WORSE[max((_WORSE.index(state) for state, _ in found), default=0)]
+    reasons = [sentence for _, sentence in sorted(found, key=lambda f: -_WORSE.index(f[0]))]
+    if state == "healthy":
+        reasons = [_healthy_sentence(measured)]
+    return Health(state=state, sentences=(*reasons, *_loss_sentence(history, measured, state)))
+
+
+def _broken_limits(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
+    found: list[tuple[State, str]] = []
+    for limit in _LIMITS:
+        value = _recent(measured, limit.signal)
+        if value is None:
+            continue
+        if math.isnan(value):
+            found.append(("collapsed", f"The features are not finite ({limit.signal})."))
+        elif limit.bad(value, limit.watch):
+            collapsed = limit.bad(value, limit.collapsed)
+            words = limit.meaning.format(value=value)
+            sentence = f"{words[0].upper()}{words[1:]}."
+            found.append(("collapsed" if collapsed else "watch", sentence))
+    return found
+
+
+def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
+    ranks = _series(measured, "effective_rank")
+    smooth = [statistics.median(ranks[i : i + _SMOOTH]) for i in range(len(ranks) - _SMOOTH + 1)]
+    # The untrained start is left out: random features have a high rank that means nothing.
+    best = max(smooth[1:], default=0.0)
+    if not smooth or smooth[-1] >= best / 2:
+        return []
+    return [
+        (
+            "watch",
+            f"The effective rank fell to {smooth[-1]:.1f} from a best of {best:.1f}: part of what "
+            "was learned is being given up. If it goes on, resume from an earlier checkpoint with "
+            "a lower learning rate or a higher teacher momentum.",
+        )
+    ]
+
+
+def _skipped(history: Sequence[StepReport]) -> list[tuple[State, str]]:
+    recent = history[-100:]
+    skipped = sum(report.skipped for report in recent)
+    if skipped * 20 <= len(recent):
+        return []
+    return [
+        (
+            "watch",
+            f"{skipped} of the last {len(recent)} updates were left out because the loss or "
+            "gradient was not finite.",
+        )
+    ]
+
+
+def _too_early(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
+    if len(measured) >= _SMOOTH:
+        return []
+    times = "once" if len(measured) == 1 else "twice"
+    return [("watch", f"Features have been measured only {times}: too early to tell.")]
+
+
+def _healthy_sentence(measured: Sequence[StepReport]) -> str:
+    parts: list[str] = []
+    rank, spread = _recent(measured, "effective_rank"), _recent(measured, "feature_std")
+    first = _series(measured, "effective_rank")[0]
+    if rank is not None:
+        parts.append(f"effective rank {rank:.1f} (first measured {first:.1f})")
+    if spread is not None:
+        parts.append(f"spread {spread:.2f}")
+    return f"The features stay diverse: {', '.join(parts)}."
+
+
+def _loss_sentence(
+    history: Sequence[StepReport], measured: Sequence[StepReport], state: State
+) -> tuple[str, ...]:
+    losses = [report.loss for report in history if math.isfinite(report.loss)]
+    if len(losses) < 10:
+        return ()
+    part = max(1, len(losses) // 10)
+    # The tenth after the first tenth, since the first steps fall for trivial reasons.
+    early, late = statistics.median(losses[part : 2 * part]), statistics.median(losses[-part:])
+    ranks = _series(measured, "effective_rank")
+    move = f"from {early:.3g} to {late:.3g}"
+    if late > early and state == "healthy":
+        grew = " while the rank grew" if ranks and ranks[-1] > ranks[0] else ""
+        return (
+            f"The loss rose {move}{grew}; that is normal here, since the teacher's features are "
+            "the target and become harder to guess as they grow richer.",
+        )
+    if late <= early:
+        return (f"The loss fell {move}; that alone proves nothing, only a probe does.",)
+    return (f"The loss rose {move}.",)
+
+
+def _recent(measured: Sequence[StepReport], signal: str) -> float | None:
+    values = [
+        report.health[signal] for report in measured if report.health and signal in report.health
+    ]
+    last = values[-_SMOOTH:]
+    if not last:
+        return None
+    return math.nan if math.isnan(last[-1]) else statistics.median(last)
+
+
+def _series(measured: Sequence[StepReport], signal: str) -> list[float]:
+    values = [
+        report.health[signal] for report in measured if report.health and signal in report.health
+    ]
+    return [value for value in values if math.isfinite(value)]

@@ -1,0 +1,184 @@
+"""Where a run's time went: every second from its first start to its last sign of life, once.
+
+Steps that a later resume took again are lost; what lies between a death and the next start is
+down. The ledger is read from metrics.jsonl and events.jsonl alone, so it survives a kill.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pipeline.track.metrics import Event, LoggedStep
+
+_STARTS = ("start", "resume")
+_KINDS = ("training", "wait", "starting", "saving", "lost", "other")
+# Events that say why an attempt ended, the most telling first.
+_ENDINGS = ("fault", "stop", "end")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One life of the training processes: from a start or resume to its last sign of life."""
+
+    begin: float
+    end: float
+    first_step: int | None
+    last_step: int | None
+    ending: str
+    """Why it ended, in words; `died without a word` if nothing was written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """Seconds by what they were spent on; they sum to `wall_seconds`."""
+
+    wall_seconds: float
+    training_seconds: float
+    """Computing steps that count."""
+    data_wait_seconds: float
+    """Waiting for the loader in steps that count."""
+    starting_seconds: float
+    """From a start to its first step."""
+    saving_seconds: float
+    """Training stood still for a checkpoint."""
+    lost_seconds: float
+    """Steps that a resume had to take again, with the saves and gaps among them."""
+    down_seconds: float
+    """Between the end of one attempt and the start of the next."""
+    other_seconds: float
+    """Gaps between steps that nothing explains, and what follows the last step."""
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def effective_share(self) -> float:
+        """Part of the wall time that went into computing steps that count."""
+        return self.training_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
+
+
+def time_ledger(steps: Sequence[LoggedStep], events: Sequence[Event]) -> Ledger | None:
+    """Divides the time between the run's first and last sign of life.
+
+    Args:
+        steps: All steps in the order taken, superseded ones included (`read_all_metrics`).
+        events: All events in order.
+
+    Returns:
+        The ledger; None if the run has left no sign of life.
+    """
+    lives = _lives(steps, events)
+    if not lives:
+        return None
+    kept = _kept(steps)
+    spent: dict[str, float] = dict.fromkeys(_KINDS, 0.0)
+    for life in lives:
+        _spend(life, kept, spent)
+    down = sum(later.begin - earlier.end for earlier, later in pairwise(lives))
+    return Ledger(
+        wall_seconds=lives[-1].end - lives[0].begin,
+        training_seconds=spent["training"],
+        data_wait_seconds=spent["wait"],
+        starting_seconds=spent["starting"],
+        saving_seconds=spent["saving"],
+        lost_seconds=spent["lost"],
+        down_seconds=down,
+        other_seconds=spent["other"],
+        attempts=tuple(_attempt(life, is_last=life is lives[-1]) for life in lives),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Life:
+    begin: float
+    end: float
+    steps: tuple[LoggedStep, ...]
+    events: tuple[Event, ...]
+
+
+def _lives(steps: Sequence[LoggedStep], events: Sequence[Event]) -> list[_Life]:
+    """Cuts both records at every start; a run without events is one life."""
+    begins = [event.time for event in events if event.name in _STARTS]
+    signs = [step.time for step in steps] + [event.time for event in events]
+    if not signs:
+        return []
+    if not begins or min(signs) < begins[0]:
+        first = min((s.time - s.report.step_seconds for s in steps), default=min(signs))
+        begins.insert(0, min(first, *signs))
+    begins = sorted(begins)
+    lives: list[_Life] = []
+    for begin, limit in zip(begins, [*begins[1:], float("inf")], strict=True):
+        own_steps = tuple(step for step in steps if begin < step.time <= limit)
+        own_events = tuple(event for event in events if begin <= event.time < limit)
+        end = max([begin, *(s.time for s in own_steps), *(e.time for e in own_events)])
+        lives.append(_Life(begin=begin, end=end, steps=own_steps, events=own_events))
+    return lives
+
+
+def _kept(steps: Sequence[LoggedStep]) -> set[int]:
+    """Identities of the steps that no later resume has superseded."""
+    kept: list[LoggedStep] = []
+    for step in steps:
+        while kept and kept[-1].report.step >= step.report.step:
+            kept.pop()
+        kept.append(step)
+    return {id(step) for step in kept}
+
+
+def _spend(life: _Life, kept: set[int], spent: dict[str, float]) -> None:
+    """Walks one life from sign to sign and books each stretch."""
+    saves = [event for event in life.events if event.name == "save"]
+    clock = life.begin
+    last_was_lost = False
+    for number, step in enumerate(life.steps):
+        gap = max(0.0, step.time - clock)
+        steps_covered = 1 if number == 0 else step.report.step - life.steps[number - 1].report.step
+        inside = min(gap, step.report.step_seconds * max(1, steps_covered))
+        saving = min(gap - inside, _save_seconds(saves, clock, step.time))
+        rest = gap - inside - saving
+        last_was_lost = id(step) not in kept
+        if last_was_lost:
+            spent["starting" if number == 0 else "lost"] += rest
+            spent["lost"] += inside + saving
+        else:
+            _book_step(step, inside, spent)
+            spent["saving"] += saving
+            spent["starting" if number == 0 else "other"] += rest
+        clock = max(clock, step.time)
+    tail = life.end - clock
+    saving = min(tail, _save_seconds(saves, clock, life.end + 1e-9))
+    spent["saving"] += saving
+    spent["other" if life.steps else "starting"] += tail - saving
+
+
+def _book_step(step: LoggedStep, inside: float, spent: dict[str, float]) -> None:
+    report = step.report
+    share = report.data_wait_seconds / report.step_seconds if report.step_seconds > 0 else 0.0
+    waited = inside * min(1.0, max(0.0, share))
+    spent["wait"] += waited
+    spent["training"] += inside - waited
+
+
+def _save_seconds(saves: Sequence[Event], after: float, before: float) -> float:
+    """Seconds for which the loop stood still for saves that ended in this stretch."""
+    inside = [event for event in saves if after < event.time <= before]
+    return sum(float(event.details.get("seconds", 0.0)) for event in inside)
+
+
+def _attempt(life: _Life, *, is_last: bool) -> Attempt:
+    numbers = [step.report.step for step in life.steps]
+    return Attempt(
+        begin=life.begin,
+        end=life.end,
+        first_step=numbers[0] if numbers else None,
+        last_step=numbers[-1] if numbers else None,
+        ending=_ending(life, is_last=is_last),
+    )
+
+
+def _ending(life: _Life, *, is_last: bool) -> str:
+    for name in _ENDINGS:
+        for event in reversed(life.events):
+            if event.name == name:
+                why = event.details.get("reason") or event.details.get("message")
+                words = {"fault": "failed", "stop": "stopped", "end": "finished"}[name]
+                return f"{words}: {why}" if why else words
+    return "no word yet" if is_last else "died without a word"

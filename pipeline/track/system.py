@@ -1,0 +1,69 @@
+"""How busy the machine is: processor, memory, network, GPUs, under the names MLflow shows."""
+
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+
+class SystemSampler:
+    """Samples the whole machine, so it may run in another process than the one it watches.
+
+    The names are those of MLflow's own system metrics: its page of that name then shows them.
+    Network figures count from the sampler's start.
+    """
+
+    def __init__(self) -> None:
+        self._network = psutil.net_io_counters()
+        self._nvml = _nvml()
+        self._gpus: list[Any] = []
+        if self._nvml is not None:
+            count = self._nvml.nvmlDeviceGetCount()
+            self._gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        psutil.cpu_percent()  # The first call only sets the start of the interval it averages over.
+
+    def sample(self) -> dict[str, float]:
+        """The machine's use now; processor use is the mean since the sample before."""
+        memory = psutil.virtual_memory()
+        network = psutil.net_io_counters()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
+        }
+        for index, handle in enumerate(self._gpus):
+            values |= self._gpu(index, handle)
+        return {name: round(value, 2) for name, value in values.items()}
+
+    def _gpu(self, index: int, handle: Any) -> dict[str, float]:
+        nvml = self._nvml
+        if nvml is None:
+            return {}
+        try:
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            return {
+                f"gpu_{index}_memory_usage_megabytes": memory.used / 1e6,
+                f"gpu_{index}_memory_usage_percentage": 100 * memory.used / memory.total,
+                f"gpu_{index}_utilization_percentage": float(
+                    nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+                ),
+                f"gpu_{index}_power_usage_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            }
+        except nvml.NVMLError:
+            # A GPU that has fallen off the bus has no figures; the run's own errors will say so.
+            return {}
+
+
+def _nvml() -> ModuleType | None:
+    """NVIDIA's management library, if this machine has it and a GPU."""
+    try:
+        import pynvml  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
