@@ -119,7 +119,7 @@ def describe(annotation: Any) -> str:
     words = [repr(choice) if isinstance(choice, str) else str(choice) for choice in choices]
     for option, bounds in _bounded_options(annotation, ()):
         if not choices_of(option):
-            words.append(f"{_noun(option)} {' and '.join(bounds)}".strip())
+            words.append(_bounded(_noun(option), " and ".join(bounds)))
     # "… or null" reads best, and two members of a union may share their words.
     unique = sorted(dict.fromkeys(words), key=lambda word: word == "null")
     return " or ".join([", ".join(unique[:-1]), unique[-1]]) if len(unique) > 1 else unique[0]
@@ -195,6 +195,12 @@ def _item(option: Any, key: str | int) -> Any | None:
     if key == ITEM:
         return Union[parts]  # noqa: UP007  built at run time
     return parts[int(key)] if int(key) < len(parts) else None
+
+
+def _bounded(noun: str, bounds: str) -> str:
+    if not bounds:
+        return noun
+    return f"{noun} ({bounds})" if "," in noun else f"{noun} {bounds}"
 
 
 def _noun(option: Any) -> str:

@@ -1,0 +1,262 @@
+"""`jepa`: names every verb as text, imports only the one that runs, and speaks every error.
+
+Errors go to standard error as `error: …` and `what to do: …`. With `--json` standard output also
+gets one line `{"error": {"type", "exit_code", "message", "remedy"}}`, so a program reading it finds
+either the result or the reason. The exit codes are those of `pipeline.errors.ExitCode`, and the
+shell's own 130 (interrupted from the keyboard) and 141 (nobody reads the output any more).
+"""
+
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from cyclopts import App, CycloptsError, UnknownCommandError
+
+from pipeline.errors import ExitCode, JepaError, UsageError
+
+INTERRUPTED = 130
+NOBODY_READS = 141
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verb:
+    """A command: its words, the function as `module:name`, and one line for the overview."""
+
+    words: str
+    function: str
+    help: str
+
+
+VERBS = (
+    Verb(
+        words="train",
+        function="pipeline.commands.train:train",
+        help="Train a configuration: jepa train CONFIG [key=value ...].",
+    ),
+    Verb(
+        words="plan",
+        function="pipeline.commands.plan:plan",
+        help="Stages, tokens, FLOPs, memory and GPU-hours of a configuration.",
+    ),
+    Verb(
+        words="config show",
+        function="pipeline.commands.config:show",
+        help="Every key with its value and where that was written.",
+    ),
+    Verb(
+        words="config diff",
+        function="pipeline.commands.config:diff",
+        help="Keys in which two configurations differ.",
+    ),
+    Verb(
+        words="config schema",
+        function="pipeline.commands.config:schema",
+        help="Every key there is: what it takes, its default, what it does.",
+    ),
+    Verb(
+        words="status",
+        function="pipeline.commands.status:status",
+        help="Where a run stands: step, stage, speed, last checkpoint, last error.",
+    ),
+    Verb(
+        words="resume",
+        function="pipeline.commands.train:resume",
+        help="Continue a run from its last whole checkpoint.",
+    ),
+    Verb(
+        words="stop",
+        function="pipeline.commands.status:stop",
+        help="Ask a run to save and stop after the step it is in.",
+    ),
+    Verb(
+        words="report",
+        function="pipeline.commands.report:report",
+        help="A run as one self-contained HTML page.",
+    ),
+    Verb(
+        words="probe",
+        function="pipeline.commands.probe:probe",
+        help="Score a checkpoint's frozen features on a labelled task.",
+    ),
+    Verb(
+        words="ckpt ls",
+        function="pipeline.commands.ckpt:ls",
+        help="List a run's checkpoints.",
+    ),
+    Verb(
+        words="ckpt verify",
+        function="pipeline.commands.ckpt:verify",
+        help="Compare a run's checkpoints with their digests.",
+    ),
+    Verb(
+        words="prep run",
+        function="data_prep.commands:run",
+        help="Check, transcode, shard and index a folder of videos.",
+    ),
+    Verb(
+        words="prep synthetic",
+        function="data_prep.commands:synthetic",
+        help="Render labelled synthetic clips.",
+    ),
+)
+
+GROUPS = {
+    "config": "Look at configurations and at what they can say.",
+    "ckpt": "Look after checkpoints.",
+    "prep": "Turn videos into shards.",
+}
+
+# Libraries of the extras in pyproject.toml: what to install when a verb misses one.
+EXTRAS = {
+    "deepspeed": "train",
+    "mlflow": "train",
+    "ray": "train",
+    "flash_attn": "gpu",
+}
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Run the verb that `tokens` (the process's arguments by default) name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: With `ExitCode.BUG`, from the unexpected exception it reports.
+    """
+    arguments = list(sys.argv[1:] if tokens is None else tokens)
+    as_json = "--json" in arguments
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except JepaError as error:
+        return _say(error, as_json)
+    except CycloptsError as error:
+        return _say(_usage_error(error), as_json)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted from the keyboard\n")
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
+        missing = _missing_extra(error)
+        if missing is not None:
+            return _say(missing, as_json)
+        traceback.print_exc()
+        code = _say(JepaError(f"unexpected {type(error).__name__}: {error}"), as_json)
+        raise SystemExit(code) from error
+    return code
+
+
+def build_app() -> App:
+    """The command-line parser with every verb of `VERBS`, none of them imported."""
+    app = App(
+        name="jepa",
+        help="Pretrain V-JEPA-2-style world models from video.",
+        version=lambda: metadata.version("jepa-pipeline"),
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    groups: dict[str, App] = {}
+    for order, verb in enumerate(VERBS):
+        group, _, name = verb.words.rpartition(" ")
+        if group and group not in groups:
+            text = f"{GROUPS[group]} Verbs: {', '.join(_words_after([group]))}."
+            groups[group] = App(name=group, help=text, sort_key=order)
+            app.command(groups[group])
+        parent = groups[group] if group else app
+        parent.command(verb.function, name=name, help=verb.help, sort_key=order)
+    return app
+
+
+def _run(arguments: list[str]) -> int:
+    app = build_app()
+    verb = _named(arguments)
+    if verb is not None:
+        command = app
+        for word in verb.words.split():
+            command = command[word]
+        command.help = None  # The function's docstring says more than the overview's line.
+    return int(app(arguments, exit_on_error=False, print_error=False) or ExitCode.DONE)
+
+
+def _named(arguments: list[str]) -> Verb | None:
+    by_words = {verb.words: verb for verb in VERBS}
+    return by_words.get(" ".join(arguments[:1])) or by_words.get(" ".join(arguments[:2]))
+
+
+def _usage_error(error: CycloptsError) -> UsageError:
+    chain = list(error.command_chain or ())
+    remedy = f"See `{' '.join(['jepa', *chain, '--help'])}`."
+    if not isinstance(error, UnknownCommandError):
+        error.verbose = False
+        return UsageError(str(error), remedy=remedy)
+    # Its own text would import every verb, torch and all, to name the nearest one.
+    word = (error.unused_tokens or [""])[0]
+    known = _words_after(chain)
+    near = _nearest_verb(word, chain, known)
+    hint = f"did you mean `jepa {near}`?" if near else f"there are {', '.join(known)}"
+    return UsageError(f"expected a command, got {word!r}; {hint}", remedy=remedy)
+
+
+def _words_after(chain: list[str]) -> list[str]:
+    """The words that may follow those already given, in the order of `VERBS`."""
+    depth = len(chain)
+    split = [verb.words.split() for verb in VERBS]
+    return list(dict.fromkeys(w[depth] for w in split if w[:depth] == chain and len(w) > depth))
+
+
+def _nearest_verb(word: str, chain: list[str], known: list[str]) -> str | None:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return " ".join([*chain, close[0]])
+    elsewhere = {verb.words.split()[-1]: verb.words for verb in VERBS}
+    close = difflib.get_close_matches(word, list(elsewhere), n=1)
+    return elsewhere[close[0]] if close else None
+
+
+def _missing_extra(error: BaseException | None) -> UsageError | None:
+    """The error to show if a library of an extra is not installed, else None."""
+    while error is not None:
+        library = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and library in EXTRAS:
+            remedy = f"Install it: pip install 'jepa-pipeline[{EXTRAS[library]}]'."
+            return UsageError(
+                f"this command needs {library}, which is not installed", remedy=remedy
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is our own output, and not one to a worker or a server."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _say(error: JepaError, as_json: bool) -> int:
+    sys.stderr.write(f"error: {error}\nwhat to do: {error.remedy}\n")
+    if as_json:
+        document = {
+            "type": type(error).__name__,
+            "exit_code": int(error.exit_code),
+            "message": str(error),
+            "remedy": error.remedy,
+        }
+        sys.stdout.write(json.dumps({"error": document}) + "\n")
+        sys.stdout.flush()
+    return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
