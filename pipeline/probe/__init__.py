@@ -1,0 +1,1 @@
+"""Frozen evaluation: heads fitted on the tokens of an encoder that is not changed."""

@@ -1,0 +1,135 @@
+"""Frozen tokens of labelled videos: encoded once and kept on disk, or encoded again every epoch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.clip import SampleFault
+from pipeline.data.augment import normalise
+from pipeline.probe.annotations import Split
+from pipeline.probe.clips import ClipReader, VideoClip, read_ahead
+from pipeline.probe.fit import InputBatch
+from pipeline.probe.frozen import FrozenEncoder
+from pipeline.probe.tasks import ClipConfig, Pooling, TaskConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """Features of the usable videos of one split.
+
+    `steps_NVPD` holds the mean token of each of P time steps, fp32, and `tokens_NVND` all tokens,
+    fp16 or None if they are too many to keep; both are memory-mapped.
+    """
+
+    steps_NVPD: np.ndarray
+    tokens_NVND: np.ndarray | None
+    labels_N: Tensor
+    faults: tuple[SampleFault, ...]
+    from_cache: bool
+
+    def pooled(self, pooling: Pooling) -> Tensor:
+        """One vector per clip and view, fp32 [N, V, F].
+
+        `clip` averages the steps, F = D; `time` joins them, F = P · D. The mean over time is the
+        same for a movement and its reverse but for what single tokens hold of the direction;
+        joined steps keep the order even where the tokens do not.
+        """
+        steps_NVPD = torch.from_numpy(np.array(self.steps_NVPD))
+        return steps_NVPD.mean(dim=2) if pooling == "clip" else steps_NVPD.flatten(2)
+
+
+class CachedInputs:
+    """Inputs [N, V, …] that are there already; `epoch` changes nothing."""
+
+    def __init__(self, inputs_NV: np.ndarray, labels_N: Tensor) -> None:
+        self.inputs_NV = inputs_NV
+        self.labels_N = labels_N
+
+    def batches(
+        self,
+        order: Tensor,
+        size: int,
+        *,
+        epoch: int | None = None,  # noqa: ARG002
+    ) -> Iterator[InputBatch]:
+        """Batches of `size` clips in `order`, fp32."""
+        for index_B in order.split(size):
+            inputs_BV = torch.from_numpy(self.inputs_NV[index_B.numpy()]).float()
+            yield InputBatch(inputs_BV=inputs_BV, labels_B=self.labels_N[index_B])
+
+
+class LiveInputs:
+    """Tokens [B, V, N, D] encoded when they are asked for.
+
+    Videos that turn out bad are left out of their batch and kept in `faults`.
+
+    Args:
+        encoder: The frozen network.
+        split: Its videos.
+        task: Clips, threads and augmentation.
+        num_views: Crops of each video.
+    """
+
+    def __init__(
+        self, encoder: FrozenEncoder, split: Split, task: TaskConfig, *, num_views: int
+    ) -> None:
+        self._encoder = encoder
+        self._split = split
+        self._task = task
+        self._reader = ClipReader(
+            split, task.clip, num_views=num_views, augmentation=task.augmentation
+        )
+        self.labels_N = torch.tensor([video.label for video in split.videos])
+        self.faults: dict[int, SampleFault] = {}
+
+    def batches(self, order: Tensor, size: int, *, epoch: int | None) -> Iterator[InputBatch]:
+        """Batches of at most `size` clips in `order`; `epoch` draws the augmentation."""
+        clips = self._clips(order, epoch)
+        while group := list(islice(clips, size)):
+            video = torch.stack([clip.video_VSCTHW for clip in group])
+            parts = video.split(self._task.encode_batch)
+            tokens = [encode(self._encoder, part, self._task.clip) for part in parts]
+            labels_B = torch.tensor([clip.label for clip in group])
+            yield InputBatch(inputs_BV=torch.cat(tokens), labels_B=labels_B)
+
+    def _clips(self, order: Tensor, epoch: int | None) -> Iterator[VideoClip]:
+        reads = read_ahead(
+            lambda index: (index, self._reader.read(index, epoch)),
+            order.tolist(),
+            threads=self._task.decode_threads,
+        )
+        for index, made in reads:
+            if isinstance(made, VideoClip):
+                yield made
+                continue
+            self.faults[index] = made
+            self._split.check_faults((*self._split.faults, *self.faults.values()))
+
+
+@torch.no_grad()
+def encode(encoder: FrozenEncoder, video_BVSCTHW: Tensor, clip: ClipConfig) -> Tensor:
+    """Tokens of a batch of clips, [B, V, N, D] on the encoder's device.
+
+    Segments are encoded one by one and joined along time: N runs over segment, layer (where the
+    task names several), time, height, width.
+    """
+    flat = normalise(video_BVSCTHW.flatten(0, 2).to(encoder.device))
+    dtype = encoder.autocast
+    with torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
+        found = encoder.module(flat, layers=clip.layers)
+    tokens = torch.cat(found, dim=1) if clip.layers else found
+    return tokens.unflatten(0, video_BVSCTHW.shape[:3]).flatten(2, 3)
+
+
+def step_means(encoder: FrozenEncoder, tokens_BVND: Tensor) -> Tensor:
+    """Mean token of each time step, fp32 [B, V, P, D]; P runs over segment, layer and time."""
+    return tokens_BVND.float().unflatten(2, (-1, encoder.num_places)).mean(dim=3)
+
+
+def num_tokens(encoder: FrozenEncoder, clip: ClipConfig) -> int:
+    """Tokens of one view of a video, N."""
+    return encoder.num_steps * encoder.num_places * clip.segments * max(1, len(clip.layers))

@@ -1,0 +1,229 @@
+"""Fitting heads: all pairs of a sweep see the same clips in the same order, each its own AdamW."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.probe.tasks import SweepConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputBatch:
+    """Clips for a head: inputs [B, V, …], V views of each clip, and the classes [B]."""
+
+    inputs_BV: Tensor
+    labels_B: Tensor
+
+
+class Inputs(Protocol):
+    """Where a head's inputs come from: the cache, or the encoder itself."""
+
+    labels_N: Tensor
+
+    def batches(self, order: Tensor, size: int, *, epoch: int | None) -> Iterator[InputBatch]:
+        """Batches of `size` clips in `order`; `epoch` varies the clips, None never does."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """The clips that heads of a sweep are compared on."""
+
+    inputs: Inputs
+    order: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Shares of clips whose class is the likeliest, or among the five likeliest."""
+
+    top1: float
+    top5: float
+    num_clips: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochScore:
+    """One head after one epoch: its mean training loss, and its accuracies."""
+
+    epoch: int
+    loss: float
+    train_top1: float
+    judged: Accuracy
+
+
+@dataclass(kw_only=True, slots=True)
+class FittedHead:
+    """One head of a sweep with its learning curve."""
+
+    head: nn.Module
+    learning_rate: float
+    weight_decay: float
+    curve: list[EpochScore]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitPlan:
+    """What a sweep is fitted on and how."""
+
+    train: Inputs
+    order: Tensor
+    """Training clips used for fitting."""
+    judge: Judge
+    sweep: SweepConfig
+    seed: int
+    device: torch.device
+    autocast: torch.dtype | None
+    judge_every: int = 1
+    """Epochs between judgements; the last epoch is always judged."""
+
+
+def fit_sweep(
+    build: Callable[[], nn.Module],
+    plan: FitPlan,
+    report: Callable[[int, int], None],
+) -> list[FittedHead]:
+    """Fit one head per pair of learning rate and weight decay.
+
+    All heads start from the same weights, drawn with the plan's seed, so that within a sweep only
+    the pair differs. The learning rate falls to zero along a cosine.
+
+    Args:
+        build: Makes a head; draws from torch's global generator.
+        plan: The clips and the sweep.
+        report: Told the number of epochs done, and their total.
+    """
+    sweep = plan.sweep
+    fitted = [
+        FittedHead(
+            head=_seeded(build, plan.seed).to(plan.device),
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            curve=[],
+        )
+        for learning_rate in sweep.learning_rates
+        for weight_decay in sweep.weight_decays
+    ]
+    optimisers = [
+        torch.optim.AdamW(h.head.parameters(), lr=h.learning_rate, weight_decay=h.weight_decay)
+        for h in fitted
+    ]
+    generator = torch.Generator().manual_seed(plan.seed)
+    for epoch in range(sweep.epochs):
+        order = plan.order[torch.randperm(len(plan.order), generator=generator)]
+        sums = _train_epoch(fitted, optimisers, plan, order=order, epoch=epoch)
+        last = epoch + 1 == sweep.epochs
+        if last or (epoch + 1) % plan.judge_every == 0:
+            _judge_epoch(fitted, plan, epoch=epoch, sums=sums)
+        report(epoch + 1, sweep.epochs)
+    return fitted
+
+
+@torch.no_grad()
+def accuracies(
+    scorers: Sequence[Callable[[Tensor], Tensor]],
+    judge: Judge,
+    *,
+    device: torch.device,
+    batch: int = 64,
+) -> list[Accuracy]:
+    """Accuracy of each scorer on the same clips; scores are averaged over a clip's views.
+
+    Args:
+        scorers: From inputs [B · V, …] to class scores that may be averaged, [B · V, classes].
+        judge: The clips.
+        device: Where scorers compute.
+        batch: Clips scored at once.
+    """
+    hits_S2 = torch.zeros(len(scorers), 2, dtype=torch.int64)
+    num_clips = 0
+    for part in judge.inputs.batches(judge.order, batch, epoch=None):
+        inputs, labels_B = part.inputs_BV.to(device), part.labels_B.to(device)
+        num_clips += len(labels_B)
+        for row, scorer in enumerate(scorers):
+            scores_BC = scorer(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]).mean(dim=1)
+            best_B5 = scores_BC.topk(min(5, scores_BC.shape[1]), dim=1).indices
+            right_B5 = best_B5 == labels_B[:, None]
+            hits_S2[row, 0] += right_B5[:, 0].sum().cpu()
+            hits_S2[row, 1] += right_B5.any(dim=1).sum().cpu()
+    shares = hits_S2.double() / max(num_clips, 1)
+    return [Accuracy(top1=one, top5=five, num_clips=num_clips) for one, five in shares.tolist()]
+
+
+def head_scores(
+    head: nn.Module, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[Tensor], Tensor]:
+    """Class probabilities of a head, fp32, for `accuracies`."""
+
+    def scores(inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits = head(inputs)
+        return logits.float().softmax(dim=-1)
+
+    return scores
+
+
+def _train_epoch(
+    fitted: Sequence[FittedHead],
+    optimisers: Sequence[torch.optim.Optimizer],
+    plan: FitPlan,
+    *,
+    order: Tensor,
+    epoch: int,
+) -> Tensor:
+    """One pass over the clips; returns per head the sums of [loss, correct, clips]."""
+    num_batches = math.ceil(len(order) / plan.sweep.batch)
+    sums_H3 = torch.zeros(len(fitted), 3, dtype=torch.float64)
+    batches = plan.train.batches(order, plan.sweep.batch, epoch=epoch)
+    for number, batch in enumerate(batches):
+        done = (epoch * num_batches + number) / (plan.sweep.epochs * num_batches)
+        for row, (one, optimiser) in enumerate(zip(fitted, optimisers, strict=True)):
+            for group in optimiser.param_groups:
+                group["lr"] = one.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            sums_H3[row] += _train_step(one.head, optimiser, batch, plan)
+    return sums_H3
+
+
+def _train_step(
+    head: nn.Module, optimiser: torch.optim.Optimizer, batch: InputBatch, plan: FitPlan
+) -> Tensor:
+    inputs = batch.inputs_BV[:, 0].to(plan.device)  # training clips have one view
+    labels_B = batch.labels_B.to(plan.device)
+    head.train()
+    with torch.autocast(plan.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
+        logits_BC = head(inputs)
+    loss = functional.cross_entropy(logits_BC.float(), labels_B)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+    num_clips = len(labels_B)
+    correct = (logits_BC.detach().argmax(dim=1) == labels_B).sum()
+    return torch.tensor([loss.item() * num_clips, correct.item(), num_clips], dtype=torch.float64)
+
+
+def _judge_epoch(fitted: Sequence[FittedHead], plan: FitPlan, *, epoch: int, sums: Tensor) -> None:
+    for one in fitted:
+        one.head.eval()
+    scorers = [head_scores(one.head, plan.device, plan.autocast) for one in fitted]
+    judged = accuracies(scorers, plan.judge, device=plan.device)
+    for one, (loss, correct, clips), accuracy in zip(fitted, sums.tolist(), judged, strict=True):
+        one.curve.append(
+            EpochScore(
+                epoch=epoch + 1,
+                loss=loss / max(clips, 1),
+                train_top1=correct / max(clips, 1),
+                judged=accuracy,
+            )
+        )
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Weights that depend on the seed alone; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
