@@ -34,5 +34,7 @@ def run_on_ranks(module: str, num_ranks: int, out: Path, arguments: dict) -> lis
             )
     codes = [process.wait(timeout=240) for process in started]
     logs = [(out / f"log-{rank}.txt").read_text() for rank in range(num_ranks)]
-    assert codes == [0] * num_ranks, f"exit codes {codes}\n" + "\n".join(log[-4000:] for log in logs)
+    assert codes == [0] * num_ranks, f"exit codes {codes}\n" + "\n".join(
+        log[-4000:] for log in logs
+    )
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,23 +140,24 @@ def load_encoder_state(
 def iterate_weights(commit_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """All whole fp32 weights of a commit, one after the other, so that memory stays small."""
     manifest = layout.read_manifest(commit_dir)
-    paths = [commit_dir / layout.weights_name(rank) for rank in range(manifest.world_size)]
-    with safe_open(paths[0], framework="pt") as first:
-        shapes = json.loads(first.metadata()["shapes"])
-    readers = [safe_open(path, framework="pt") for path in paths]
-    try:
-        for name, shape in shapes.items():
+    first = commit_dir / layout.weights_name(0)
+    with safe_open(first, framework="pt") as file:
+        metadata = file.metadata()
+    # Without partitioning every rank has every weight whole, and rank 0 alone wrote them.
+    num_files = manifest.world_size if json.loads(metadata["partitioned"]) else 1
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(safe_open(commit_dir / layout.weights_name(r), framework="pt"))
+            for r in range(num_files)
+        ]
+        for name, shape in json.loads(metadata["shapes"]).items():
             yield name, _whole([reader.get_tensor(name) for reader in readers], shape)
-    finally:
-        for reader in readers:
-            reader.__exit__(None, None, None)
 
 
 def _whole(pieces: list[Tensor], shape: list[int]) -> Tensor:
-    numel = torch.Size(shape).numel()
-    # Without partitioning every rank's piece is the whole parameter.
-    flat = pieces[0] if pieces[0].numel() == numel else torch.cat(pieces)
-    return flat[:numel].reshape(shape).clone()
+    # The last piece is padded to the length of the others.
+    flat = torch.cat(pieces)[: torch.Size(shape).numel()]
+    return flat.reshape(shape).clone()
 
 
 def _extra(commit_dir: Path, manifest: Manifest) -> list[str]:

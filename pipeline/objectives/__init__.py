@@ -43,7 +43,16 @@ def build_objective(config: base.ObjectiveConfig, options: base.BuildOptions) ->
         config: One of the registered modules' `Config`.
         options: Attention backend and activation checkpointing, decided by the run.
     """
+    return _module_of(config).Objective(config, options)
+
+
+def objective_needs(config: base.ObjectiveConfig) -> frozenset[str]:
+    """Members that every sample must have for the objective that `config` belongs to."""
+    return _module_of(config).Objective.needs
+
+
+def _module_of(config: base.ObjectiveConfig) -> Any:
     for module in _MODULES.values():
         if type(config) is module.Config:
-            return module.Objective(config, options)
+            return module
     raise TypeError(f"{type(config).__name__} belongs to no objective in this folder")

@@ -9,16 +9,29 @@ from torch import nn
 
 from pipeline.clip import ClipBatch, Grid, Losses, Progress
 from pipeline.config.section import Section
+from pipeline.data.layout import Member
 from pipeline.models.attention import AttentionConfig
 from pipeline.models.teacher import TeacherAverage
 
 
 class ObjectiveConfig(Section):
-    """Base of every objective's configuration; each adds a literal `kind` naming its file."""
+    """Base of every objective's configuration; each narrows `kind` to a literal naming its file."""
+
+    kind: str
+    """Name of the objective."""
 
     def grid(self, frames: int, resolution: int) -> Grid:
         """Tokens of a clip of `frames` frames at `resolution` pixels."""
         raise NotImplementedError(f"{type(self).__name__} must say how it cuts a clip")
+
+    def training_flops(self, grid: Grid, kept: Sequence[tuple[float, float]]) -> float:
+        """Model FLOPs of training on one clip, forward and backward.
+
+        Args:
+            grid: Tokens of the clip.
+            kept: (context, target) tokens of each mask.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must count its FLOPs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +58,7 @@ class Objective(ABC):
     once. `averages` is filled by the engine, one entry for each pair of `averaged_pairs()`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"mp4"})
+    needs: ClassVar[frozenset[str]] = frozenset({Member.VIDEO})
     """Members that every sample of the shards must have; checked against the index at start."""
     gates: ClassVar[tuple[Gate, ...]] = ()
     """Metrics that show learning."""

@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from pipeline.clip import ClipBatch, Grid, Losses, Progress
 from pipeline.data.augment import normalise
+from pipeline.models.cost import encoder_flops, predictor_flops
 from pipeline.models.encoder import Encoder, EncoderConfig
+from pipeline.models.layers import gather_tokens
 from pipeline.models.predictor import Predictor, PredictorConfig
 from pipeline.objectives import base
 from pipeline.schedule import Ramp, linear
@@ -38,6 +40,19 @@ class Config(base.ObjectiveConfig):
     def grid(self, frames: int, resolution: int) -> Grid:
         """Tokens of a clip of `frames` frames at `resolution` pixels."""
         return self.encoder.grid(frames, resolution)
+
+    def training_flops(self, grid: Grid, kept: Sequence[tuple[float, float]]) -> float:
+        """Model FLOPs of one clip: teacher forward; student and predictor forward and backward.
+
+        A backward pass costs twice its forward. Recomputed activations do not count.
+        """
+        total = encoder_flops(self.encoder, grid.num_tokens)
+        for context, target in kept:
+            student = encoder_flops(self.encoder, round(context), embedded=grid.num_tokens)
+            width = self.encoder.dims.width
+            guess = predictor_flops(self.predictor, width, round(context), round(target))
+            total += 3.0 * (student + guess)
+        return total
 
 
 class Objective(base.Objective):
@@ -83,7 +98,7 @@ class Objective(base.Objective):
         for number, mask in enumerate(batch.masks):
             context_BKD = self._student(video_BCTHW, mask.context_BK)
             guess_BKD = self._predictor(context_BKD, mask, batch.grid)
-            wanted_BKD = take_tokens(target_BND, mask.target_BK)
+            wanted_BKD = gather_tokens(target_BND, mask.target_BK)
             terms[f"loss_mask_{number}"] = functional.l1_loss(guess_BKD.float(), wanted_BKD)
         total = torch.stack(list(terms.values())).mean()
         return Losses(total=total, terms=terms, features_ND=_sample_tokens(target_BND))
@@ -106,11 +121,6 @@ class Objective(base.Objective):
 
     def _compute_dtype(self) -> torch.dtype:
         return self._predictor.mask_tokens.dtype
-
-
-def take_tokens(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:
-    """The tokens [B, K, D] at each clip's own indices."""
-    return tokens_BND.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
 
 
 def _sample_tokens(features_BND: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Starts the ranks of a run on this machine, and ends with the exit code that says what happened.
+
+torchrun's agent ends with 1 whatever its ranks ended with, and dies of SIGUSR1 before a rank hears
+of it; a scheduler that requeues on 75 needs the ranks' own word. This is the small part of it that
+one machine needs: environment, signals, exit codes. Several machines are started by srun.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from pipeline.errors import ExitCode
+
+# A rank that lost a peer notices within seconds; one that does not is stuck in a collective.
+_GRACE_SECONDS = 20.0
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_POLL_SECONDS = 0.1
+
+
+def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
+    """Runs `python ARGUMENTS` once a rank and waits for all of them.
+
+    Args:
+        arguments: What follows the interpreter on each rank's command line.
+        num_ranks: Ranks to start, with one GPU each where there are any.
+        port: Free TCP port on the loopback interface where the ranks meet.
+
+    Returns:
+        The exit code of all ranks if they agree, else that of the rank that failed first.
+    """
+    ranks = [_start(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    with _forwarding(ranks):
+        first_failure = _wait(ranks)
+    codes = [_code(process) for process in ranks]
+    if first_failure is not None:
+        rank, code = first_failure
+        print(f"rank {rank} ended with exit code {code}", file=sys.stderr)  # noqa: T201 - a launcher's word
+        return code
+    return max(codes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m launch.local NUM_RANKS PORT ARGUMENTS…`: what `jepa train --ranks N` becomes."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return start_ranks(words[2:], num_ranks=int(words[0]), port=int(words[1]))
+
+
+def _start(
+    arguments: Sequence[str], rank: int, num_ranks: int, port: int
+) -> subprocess.Popen[bytes]:
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    # A group of its own: Ctrl-C in a terminal reaches us alone, and every rank once through us.
+    return subprocess.Popen([sys.executable, *arguments], env=env, process_group=0)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """Waits for all; after a first failure the rest get some time, then are ended."""
+    first_failure: tuple[int, int] | None = None
+    deadline: float | None = None
+    while any(process.poll() is None for process in ranks):
+        if first_failure is None:
+            first_failure = _failed(ranks)
+            if first_failure is not None:
+                deadline = time.monotonic() + _GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+            deadline = None
+        time.sleep(_POLL_SECONDS)
+    return first_failure or _failed(ranks)
+
+
+def _failed(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    fine = (None, ExitCode.DONE, ExitCode.SAVED_RUN_AGAIN)
+    failed = [
+        (n, _code(p)) for n, p in enumerate(ranks) if p.poll() is not None and _code(p) not in fine
+    ]
+    # A peer-lost code is an echo of another rank's failure: the cause goes first.
+    failed.sort(key=lambda pair: pair[1] == ExitCode.PEER_LOST)
+    return failed[0] if failed else None
+
+
+def _code(process: subprocess.Popen[bytes]) -> int:
+    code = process.returncode
+    if code is None or code >= 0:
+        return code if code is not None else 0
+    # Killed by a signal: whoever sent it, for the run it means that a peer was lost.
+    return ExitCode.PEER_LOST
+
+
+@contextlib.contextmanager
+def _forwarding(ranks: list[subprocess.Popen[bytes]]):  # noqa: ANN202 - a generator for `with`
+    def forward(number: int, _frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""From a configuration to the parts that the loop works with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint.load import read_state
+from pipeline.clip import MicroBatchPlan
+from pipeline.config.load import resolved_yaml
+from pipeline.data.cursor import DataIdentity, check_same
+from pipeline.data.loader import Loader, make_loader
+from pipeline.engine.check import check_run
+from pipeline.engine.rundir import Start
+from pipeline.engine.save import read_rank_files
+from pipeline.engine.stop import StopWatch
+from pipeline.engine.zero import ZeroEngine
+from pipeline.environment import Launch, seed_everything
+from pipeline.masks.collate import collate_plan
+from pipeline.run import RunConfig
+from pipeline.stages import Share, micro_batch_plans
+from pipeline.track.metrics import StageCost
+from pipeline.track.sinks import Tracker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    launch: Launch
+    device: torch.device
+    run_id: str
+    engine: ZeroEngine
+    loader: Loader
+    tracker: Tracker
+    stop: StopWatch
+    identity: DataIdentity
+    first_step: int
+    """The step to take first: 1, or the one after the commit that the run goes on from."""
+    faults_before: int
+    """Bad samples of earlier attempts that count."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.config.run_dir
+
+
+def build(config: RunConfig, launch: Launch, device: torch.device, start: Start) -> Parts:
+    """Opens the data, builds the networks and restores the commit, if there is one.
+
+    Raises:
+        JepaError: Data, configuration or checkpoint are not what they must be.
+    """
+    identity = check_run(config, launch.world_size)
+    state = read_state(start.found.commit.path) if start.found else None
+    if state is not None:
+        check_same(DataIdentity.from_dict(state["data"]), identity)
+    first_step = state["step"] + 1 if state else 1
+    # Workers start first: they import and decode while the networks are built.
+    loader = make_loader(
+        config.data,
+        plans=partial(rank_plans, config, launch.rank, launch.world_size, first_step),
+        collate=partial(collate_plan, seed=config.seed),
+        seed=config.seed,
+        pin=device.type == "cuda",
+    )
+    seed_everything(config.seed)
+    engine = ZeroEngine(config, device)
+    if start.found is not None:
+        read_rank_files(engine, start.found.commit.path)
+    return Parts(
+        config=config,
+        launch=launch,
+        device=device,
+        run_id=start.run_id,
+        engine=engine,
+        loader=loader,
+        tracker=_tracker(config, launch, resume=state is not None),
+        stop=StopWatch(config.run_dir, is_main=launch.rank == 0),
+        identity=identity,
+        first_step=first_step,
+        faults_before=state["num_faults"] if state else 0,
+    )
+
+
+def rank_plans(
+    config: RunConfig, rank: int, world_size: int, first_step: int
+) -> Iterator[MicroBatchPlan]:
+    """The micro-batches of a rank from a step to the run's end; called in every loader worker."""
+    share = Share(global_batch=config.global_batch, rank=rank, world_size=world_size)
+    return micro_batch_plans(
+        config.stages, share, first_step, config.num_steps, config.masks, config.grid
+    )
+
+
+def run_state(parts: Parts, step: int, num_faults: int) -> dict:
+    """What state.json keeps: the same on all ranks, and all that a resume needs besides weights."""
+    return {
+        "step": step,
+        "position": step * parts.config.global_batch,
+        "run_id": parts.run_id,
+        "data": parts.identity.to_dict(),
+        "groups": parts.engine.group_table(),
+        "num_faults": num_faults,
+        "world_size": dist.get_world_size(),
+    }
+
+
+def _tracker(config: RunConfig, launch: Launch, *, resume: bool) -> Tracker:
+    tracker = Tracker(
+        config.track,
+        plan=[_cost(config, number) for number in range(len(config.stages))],
+        world_size=launch.world_size,
+        is_main=launch.rank == 0,
+    )
+    tracker.start(config.run_dir, resolved_yaml(config), resume=resume)
+    return tracker
+
+
+def _cost(config: RunConfig, number: int) -> StageCost:
+    stage = config.stages[number]
+    grid = config.grid(stage.frames, stage.resolution)
+    masks = stage.masks or config.masks
+    # Only ratios between stages count here, so the mean of the reference's masks will do:
+    # a quarter of the tokens is context, six tenths are targets.
+    kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(masks)
+    flops = config.objective.training_flops(grid, kept) * config.global_batch
+    return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)

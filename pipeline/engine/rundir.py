@@ -1,0 +1,138 @@
+"""A run's folder: made once, taken up again on every resume, never shared by two runs."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pipeline.checkpoint.layout import list_commits
+from pipeline.checkpoint.load import Found, find_commit
+from pipeline.checkpoint.save import clear_partials, write_atomically
+from pipeline.clip import SampleFault
+from pipeline.config.load import resolved_yaml
+from pipeline.environment import Launch, git_commit, machine
+from pipeline.errors import CheckpointError, JepaError, UsageError
+from pipeline.run import RunConfig
+from pipeline.track.folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+    read_run_info,
+    update_run_info,
+)
+from pipeline.track.jsonl import JsonLinesWriter
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """How this process's share of a run begins, the same on all ranks."""
+
+    run_id: str
+    found: Found | None
+    """The commit to go on from, or None for a fresh run."""
+    ignored: tuple[str, ...] = ()
+    """Saves that were cut short and have been removed."""
+
+
+def begin_fresh(config: RunConfig, launch: Launch) -> Start:
+    """Makes the folder of a new run.
+
+    Raises:
+        UsageError: There is a run of this name with checkpoints; it is left untouched.
+    """
+    return _told_by_rank_0(lambda: _make_folder(config, launch))
+
+
+def begin_again(config: RunConfig, launch: Launch, step: int | None) -> Start:
+    """Finds the commit from which a run goes on, every digest checked.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it was saved by another number of ranks.
+    """
+    return _told_by_rank_0(lambda: _find(config, launch, step))
+
+
+def record_faults(run_dir: Path, faults: tuple[SampleFault, ...]) -> None:
+    """Appends all ranks' bad samples to the quarantine file; every rank calls it."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, faults)
+    if dist.get_rank() == 0:
+        writer = JsonLinesWriter(run_dir / QUARANTINE_FILE)
+        for fault in sorted((f for part in gathered for f in part), key=lambda f: f.position):
+            writer.write(asdict(fault))
+        writer.close()
+
+
+def _make_folder(config: RunConfig, launch: Launch) -> Start:
+    run_dir = config.run_dir
+    if list_commits(run_dir):
+        raise UsageError(
+            f"{run_dir} already holds a run with checkpoints.",
+            remedy=f"Continue it with `jepa resume {run_dir}`, or choose another name=…",
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Without a checkpoint nothing of an earlier attempt can be continued or lost.
+    for leftover in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE):
+        (run_dir / leftover).unlink(missing_ok=True)
+    write_atomically(run_dir / CONFIG_FILE, resolved_yaml(config))
+    run_id = uuid.uuid4().hex[:12]
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    _note_start(run_dir, launch, 0, {"run_id": run_id, "name": config.name, "created": created})
+    return Start(run_id=run_id, found=None)
+
+
+def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
+    run_dir = config.run_dir
+    found = find_commit(run_dir, step)
+    saved = found.manifest.world_size
+    if saved != launch.world_size:
+        raise CheckpointError(
+            f"Step {found.commit.step} of {run_dir} was saved by {saved} ranks; "
+            f"this job has {launch.world_size}.",
+            remedy=f"Start {saved} ranks: `jepa resume {run_dir} --ranks {saved}`.",
+        )
+    info = read_run_info(run_dir)
+    if info.get("run_id") != found.manifest.run_id:
+        raise CheckpointError(
+            f"{found.commit.path} belongs to run {found.manifest.run_id}, "
+            f"the folder to run {info.get('run_id')}: two runs were mixed."
+        )
+    ignored = clear_partials(run_dir)
+    _note_start(run_dir, launch, found.commit.step, {})
+    return Start(run_id=found.manifest.run_id, found=found, ignored=tuple(ignored))
+
+
+def _note_start(run_dir: Path, launch: Launch, step: int, fields: dict[str, Any]) -> None:
+    starts = read_run_info(run_dir).get("starts", []) if not fields else []
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "world_size": launch.world_size,
+        "launcher": launch.launcher,
+        "code": git_commit(Path(__file__).parent),
+        "machine": machine(),
+    }
+    update_run_info(
+        run_dir, {**fields, "world_size": launch.world_size, "starts": [*starts, entry]}
+    )
+
+
+def _told_by_rank_0(action: Callable[[], _T]) -> _T:
+    """Runs `action` on rank 0; every rank gets its result or raises its error."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except JepaError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], JepaError):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,144 @@
+"""One optimiser step, from micro-batches to the teacher's move, and its report."""
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.clip import ClipBatch, Losses, Progress, SampleFault, StepReport
+from pipeline.engine.agree import Agreement, RankWord, agree
+from pipeline.engine.build import Parts
+from pipeline.engine.stop import StopReason
+from pipeline.engine.zero import Update
+from pipeline.errors import NumericsError
+from pipeline.stages import StagePlace, accumulation, place_of_step
+from pipeline.track.signals import collapse_signals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What the loop learns of a step besides its report."""
+
+    report: StepReport
+    stop: StopReason
+    faults: tuple[SampleFault, ...]
+    """This rank's."""
+
+
+def take_step(parts: Parts, step: int) -> StepResult:
+    """Trains on one global batch.
+
+    Raises:
+        NumericsError: The loss of some rank is not finite; no weight has been changed.
+        DataError: The loader gave up.
+    """
+    begin = time.monotonic()
+    config = parts.config
+    place = place_of_step(config.stages, step)
+    progress = Progress(step=step, total_steps=config.num_steps, stage=place.index)
+    gradient = _gradient(parts, place, progress)
+    agreed = agree(gradient.word)
+    if not math.isfinite(agreed.loss):
+        raise NumericsError(
+            f"The loss of step {step} is {agreed.loss}; weights are as after step {step - 1}."
+        )
+    learning_rate, weight_decay = config.learning_rate(step), config.weight_decay(step)
+    update = parts.engine.update(learning_rate, weight_decay)
+    # A step that was left out must not move the teacher either.
+    logged = {} if update.skipped else parts.engine.objective.after_step(progress)
+    health = _health(gradient.features, step, config.track.health_every_steps)
+    tokens = config.grid(place.stage.frames, place.stage.resolution).num_tokens
+    report = StepReport(
+        step=step,
+        stage=place.index,
+        stage_name=place.stage.name,
+        loss=agreed.loss,
+        terms=agreed.terms,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        momentum=logged.get("momentum", 0.0),
+        clips=config.global_batch,
+        tokens=config.global_batch * tokens,
+        health=health,
+        **_measured(parts, agreed, update, begin),
+    )
+    return StepResult(report=report, stop=agreed.stop, faults=gradient.faults)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Gradient:
+    word: RankWord
+    faults: tuple[SampleFault, ...]
+    features: tuple[Tensor | None, int]
+    """Features of the last micro-batch, and of how many clips."""
+
+
+def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
+    num = accumulation(place.stage, parts.config.global_batch, parts.launch.world_size)
+    waited, flops = 0.0, 0.0
+    faults: list[SampleFault] = []
+    sums: dict[str, Tensor] = {}
+    batch, losses = None, None
+    for number in range(num):
+        batch = next(parts.loader).to(parts.device)
+        waited += parts.loader.wait_seconds
+        faults += batch.faults
+        flops += _flops(parts, batch)
+        losses = parts.engine.forward_backward(
+            batch, progress, accumulation=num, last=number == num - 1
+        )
+        _add(sums, losses, num)
+    if batch is None or losses is None:
+        raise RuntimeError("a step has at least one micro-batch")
+    word = RankWord(
+        loss=sums.pop("total"),
+        terms=sums,
+        data_wait_seconds=waited,
+        num_faults=len(faults),
+        flops=flops,
+        stop=parts.stop.noted,
+    )
+    features = (losses.features_ND, len(batch.keys))
+    return _Gradient(word=word, faults=tuple(faults), features=features)
+
+
+def _add(sums: dict[str, Tensor], losses: Losses, num: int) -> None:
+    for name, value in {"total": losses.total, **losses.terms}.items():
+        share = value.detach().float() / num
+        sums[name] = sums[name] + share if name in sums else share
+
+
+def _flops(parts: Parts, batch: ClipBatch) -> float:
+    kept = [(m.context_BK.shape[1], m.target_BK.shape[1]) for m in batch.masks]
+    return len(batch.keys) * parts.config.objective.training_flops(batch.grid, kept)
+
+
+def _health(features: tuple[Tensor | None, int], step: int, every: int) -> dict[str, float] | None:
+    features_ND, num_clips = features
+    if features_ND is None or (step % every and step != 1):
+        return None
+    gathered = [torch.empty_like(features_ND) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, features_ND.contiguous())
+    return collapse_signals(torch.cat(gathered), num_clips=num_clips * len(gathered))
+
+
+def _measured(parts: Parts, agreed: Agreement, update: Update, begin: float) -> dict:
+    if parts.device.type == "cuda":
+        torch.cuda.synchronize(parts.device)
+        peak = torch.cuda.max_memory_allocated(parts.device) / 2**30
+    else:
+        # Linux gives the peak of the resident set in KiB.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "step_seconds": time.monotonic() - begin,
+        "data_wait_seconds": agreed.data_wait_seconds,
+        "flops": agreed.flops,
+        "num_faults": agreed.num_faults,
+        "gradient_norm": update.gradient_norm,
+        "skipped": update.skipped,
+        "peak_memory_gib": peak,
+    }
