@@ -13,6 +13,7 @@ import torch
 from pipeline.clip import Clip, ClipRef, MicroBatchPlan, SampleFault
 from pipeline.data.augment import CropSpec, crop, random_box
 from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.companions import read_companions
 from pipeline.data.decode import decode_frames
 from pipeline.data.format import IndexRecord, Member, ShardIndex
 from pipeline.data.order import OrderSpec, Purpose, clip_ref, position_generator
@@ -82,8 +83,15 @@ class LoadClip:
         video_CTHW = crop(
             decoded.frames_THWC, box, plan.resolution, antialias=self.config.antialias
         )
+        companions = read_companions(dataset, record, decoded.times, self.config.companions)
         return Clip(
-            ref=ref, key=record.key, video_CTHW=video_CTHW, times=torch.from_numpy(decoded.times)
+            ref=ref,
+            key=record.key,
+            video_CTHW=video_CTHW,
+            times=torch.from_numpy(decoded.times),
+            text=companions.text,
+            states=companions.states_TS,
+            actions=companions.actions_TA,
         )
 
     def _times(self, record: IndexRecord, position: int, plan: MicroBatchPlan) -> np.ndarray:

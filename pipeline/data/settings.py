@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.section import Section
+from pipeline.data.companions import Companion
 from pipeline.data.decode import DecodeLimits
 
 
@@ -33,6 +34,9 @@ class DataConfig(Section):
     """Smallest and largest width of a random crop divided by its height."""
     horizontal_flip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the clips that are mirrored; 0 where left and right are what is to be learnt."""
+    companions: tuple[Companion, ...] = Field(default=(), strict=False)
+    """What clips carry beside their pictures: captions, states, actions; what is not needed is
+    not read."""
     antialias: bool = False
     """Low-pass before shrinking a crop; the reference does not."""
     workers: int = Field(default=4, ge=0)
