@@ -1,6 +1,7 @@
 """Plans of the shipped configurations agree with published figures and with measured networks."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def _config(name: str, *overrides: str) -> RunConfig:
     return load_config(SHIPPED_CONFIGS / name, RunConfig, overrides).config
 
 
+@cache
 def _plan(name: str, *overrides: str, **machine) -> RunPlan:
     return plan_run(_config(name, *overrides), **machine)
 

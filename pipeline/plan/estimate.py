@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipeline.models.cost import encoder_params, predictor_params
 from pipeline.plan.memory import Memory, memory_per_gpu
 from pipeline.plan.work import (
     MaskTokens,
+    mean_flops,
     networks_of,
     sample_kept_tokens,
     summarise,
-    training_flops,
 )
 from pipeline.run import RunConfig
 from pipeline.stages import accumulation, total_steps
@@ -141,10 +139,9 @@ def most_gpus(config: RunConfig) -> int:
 
 def _plan_stage(config: RunConfig, index: int, machine: Machine) -> StagePlan:
     stage = config.stages[index]
-    tokens = config.grid(stage.frames, stage.resolution).num_tokens
-    networks = networks_of(config)
+    grid = config.grid(stage.frames, stage.resolution)
     drawn = sample_kept_tokens(config, index)
-    flops_per_clip = float(np.mean([training_flops(networks, tokens, kept) for kept in drawn]))
+    flops_per_clip = mean_flops(config, grid, drawn)
     masks = summarise(drawn)
     clips = stage.steps * config.global_batch
     gpu_hours = _gpu_hours(flops_per_clip * clips, machine)
@@ -156,9 +153,9 @@ def _plan_stage(config: RunConfig, index: int, machine: Machine) -> StagePlan:
         resolution=stage.resolution,
         micro_batch=stage.micro_batch,
         accumulation=accumulation(stage, config.global_batch, machine.num_gpus),
-        tokens_per_clip=tokens,
+        tokens_per_clip=grid.num_tokens,
         clips=clips,
-        tokens=clips * tokens,
+        tokens=clips * grid.num_tokens,
         masks=masks,
         flops_per_clip=flops_per_clip,
         flops=flops_per_clip * clips,

@@ -1,13 +1,13 @@
-"""Tokens that masks keep, and the FLOPs of training on them."""
+"""Tokens that masks keep, and the FLOPs of training on them; what networks there are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.clip import Grid
 from pipeline.errors import ConfigError
 from pipeline.masks.blocks import check_masks, sample_masks
-from pipeline.models.cost import encoder_flops, predictor_flops
 from pipeline.models.encoder import EncoderConfig
 from pipeline.models.predictor import PredictorConfig
 from pipeline.run import RunConfig
@@ -20,7 +20,7 @@ _SAMPLED_MICRO_BATCHES = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Networks:
-    """The networks whose cost this package can tell."""
+    """The networks whose memory this package can tell."""
 
     encoder: EncoderConfig
     predictor: PredictorConfig
@@ -57,24 +57,22 @@ def networks_of(config: RunConfig) -> Networks:
     raise ConfigError(
         "expected an objective with an encoder and a predictor, got "
         f"{type(config.objective).__module__}",
-        remedy="`jepa plan` counts masked prediction with a teacher; it does not know this one.",
+        remedy="`jepa plan` knows the memory of masked prediction with a teacher, not of this one.",
     )
 
 
-def training_flops(networks: Networks, tokens: int, masks: Sequence[KeptTokens]) -> float:
-    """Model FLOPs of training on one clip.
-
-    The student encodes the context of every mask and the predictor sees context and target: both
-    forward and backward, 3 times the forward (a backward pass is two products for each of the
-    forward's). The teacher encodes all tokens once, forward only. All tokens are embedded, once
-    per mask and once for the teacher. Activations computed again are not counted.
-    """
-    encoder, predictor = networks.encoder, networks.predictor
-    student = sum(encoder_flops(encoder, mask.context, embedded=tokens) for mask in masks)
-    predicting = sum(
-        predictor_flops(predictor, encoder.dims.width, mask.context, mask.target) for mask in masks
+def mean_flops(config: RunConfig, grid: Grid, drawn: Sequence[Sequence[KeptTokens]]) -> float:
+    """Model FLOPs of training on one clip, averaged over the sampled micro-batches."""
+    return float(
+        np.mean(
+            [
+                config.objective.training_flops(
+                    grid, [(mask.context, mask.target) for mask in kept]
+                )
+                for kept in drawn
+            ]
+        )
     )
-    return 3.0 * (student + predicting) + encoder_flops(encoder, tokens)
 
 
 def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTokens]]:
