@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.order import Purpose, position_generator
+from pipeline.data.order import Purpose, random_units
 
 _NUM_TRIES = 10
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -58,12 +58,9 @@ def random_box(spec: CropSpec, *, height: int, width: int, seed: int, position: 
         seed: The run's seed.
         position: Global position of the clip.
     """
-    generator = position_generator(seed, position, Purpose.CROP)
-    # All numbers are drawn at once, so that the flip does not depend on how many tries it took.
-    flip_unit, top_unit, left_unit = generator.random(3)
-    tries = generator.random((_NUM_TRIES, 2))
-    flip = bool(flip_unit < spec.horizontal_flip)
-    for area_unit, ratio_unit in tries:
+    units = random_units(seed, position, Purpose.CROP, 3 + 2 * _NUM_TRIES).tolist()
+    flip_unit, top_unit, left_unit, *tries = units
+    for area_unit, ratio_unit in zip(tries[::2], tries[1::2], strict=True):
         box_height, box_width = _box_size(spec, height * width, area_unit, ratio_unit)
         if 0 < box_height <= height and 0 < box_width <= width:
             break
@@ -75,7 +72,7 @@ def random_box(spec: CropSpec, *, height: int, width: int, seed: int, position: 
         left=int(left_unit * (width - box_width + 1)),
         height=box_height,
         width=box_width,
-        flip=flip,
+        flip=flip_unit < spec.horizontal_flip,
     )
 
 

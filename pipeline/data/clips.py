@@ -16,7 +16,7 @@ from pipeline.data.badmedia import BadMediaError, BadReason
 from pipeline.data.companions import read_companions
 from pipeline.data.decode import decode_frames
 from pipeline.data.format import IndexRecord, Member, ShardIndex
-from pipeline.data.order import OrderSpec, Purpose, clip_ref, position_generator
+from pipeline.data.order import OrderSpec, Purpose, clip_ref, random_units
 from pipeline.data.sampling import clip_times, reference_times
 from pipeline.data.settings import DataConfig
 from pipeline.errors import DataError
@@ -95,7 +95,7 @@ class LoadClip:
         )
 
     def _times(self, record: IndexRecord, position: int, plan: MicroBatchPlan) -> np.ndarray:
-        unit = position_generator(self.order.seed, position, Purpose.CLIP_START).random()
+        unit = float(random_units(self.order.seed, position, Purpose.CLIP_START, 1)[0])
         if self.config.sampling == "time":
             return clip_times(record.duration_seconds, plan.frames, plan.fps, unit)
         try:
