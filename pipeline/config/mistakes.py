@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import (
+    ITEM,
+    FieldDoc,
     choices_of,
     describe,
     keys_of,
@@ -38,15 +40,27 @@ def mistakes_of(error: ValidationError, root: Node, schema: type[Section]) -> li
     return list(found.values())
 
 
-def unknown_key(key: str, annotation: Any, value: Plain, schema: type[Section]) -> str:
-    """The sentence for a key that a place does not have."""
+def unknown_key(path: Sequence[str], annotation: Any, value: Plain, schema: type[Section]) -> str:
+    """The sentence for a key that its place does not have.
+
+    Args:
+        path: The key with all above it.
+        annotation: What stands above the key.
+        value: The keys and values beside it.
+        schema: The section the whole file is, to look for the key elsewhere.
+    """
+    key = path[-1]
     known = keys_of(annotation, value)
     # A key that is already written would be repeated, so the others are asked first.
     free = [name for name in known if not (isinstance(value, dict) and name in value)]
     if near := nearest(key, free) or nearest(key, known):
         return f"expected a known key, got {key!r}; did you mean {near!r}?"
-    if elsewhere := _key_elsewhere(key, schema):
-        return f"expected a known key, got {key!r}; did you mean {elsewhere!r}?"
+    elsewhere = _docs_by_name(schema).get(key, [])
+    for doc in elsewhere:
+        if doc.when and _is_at(doc.key.split("."), path):
+            return f"expected a known key, got {key!r}, which needs {doc.when}"
+    if elsewhere:
+        return f"expected a known key, got {key!r}; did you mean {elsewhere[0].key!r}?"
     return f"expected one of {', '.join(known) or 'no keys at all'}, got {key!r}"
 
 
@@ -114,7 +128,7 @@ def _problem(details: ErrorDetails, place: _Place, schema: type[Section]) -> str
     if kind == "extra_forbidden":
         siblings = dict(place.above_data or {})
         siblings.pop(place.path[-1], None)
-        return unknown_key(place.path[-1], place.above, siblings, schema)
+        return unknown_key(place.path, place.above, siblings, schema)
     got = "nothing" if place.node is None else shown(place.data)
     if kind in ("value_error", "assertion_error"):
         said = str(details.get("ctx", {}).get("error") or details["msg"])
@@ -130,9 +144,18 @@ def _problem(details: ErrorDetails, place: _Place, schema: type[Section]) -> str
 
 
 @functools.cache
-def _key_elsewhere(key: str, schema: type[Section]) -> str | None:
-    found = (doc.key for doc in leaves(schema) if doc.key.rpartition(".")[2] == key)
-    return next(found, None)
+def _docs_by_name(schema: type[Section]) -> dict[str, list[FieldDoc]]:
+    found: dict[str, list[FieldDoc]] = {}
+    for doc in leaves(schema):
+        found.setdefault(doc.key.rpartition(".")[2], []).append(doc)
+    return found
+
+
+def _is_at(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    """Whether a documented key, with `ITEM` for any item, is the key at `path`."""
+    return len(pattern) == len(path) and all(
+        part in (ITEM, name) for part, name in zip(pattern, path, strict=True)
+    )
 
 
 def _nearest_value(value: Plain, annotation: Any) -> str | None:

@@ -93,7 +93,8 @@ class _Setter:
         child = node.value.get(key)
         if child is None or (child.value is None and len(rest) > 1):
             default = default_of(annotation, key, data)
-            child = from_plain({} if default is None else default, Origin())
+            opened = branch({}, self.origin)
+            child = opened if default is None else from_plain(default, Origin())
         changed = self.set(child, below, rest[1:], [*path, key])
         return branch({**node.value, key: changed}, node.origin)
 
