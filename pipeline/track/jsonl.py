@@ -38,7 +38,8 @@ class JsonLinesWriter:
         self._path = path
         try:
             _cut_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            # Unbuffered: a line that could not be written leaves nothing to fail again later.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise StorageError(f"Cannot open {path} for writing: {error}") from error
 
@@ -48,12 +49,14 @@ class JsonLinesWriter:
         Raises:
             StorageError: If the line cannot be written, for instance on a full disk.
         """
-        line = json.dumps(_without_non_finite(record), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_without_non_finite(record), allow_nan=False, ensure_ascii=False)
+        line = text.encode() + b"\n"
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            written = self._file.write(line)
         except OSError as error:
             raise StorageError(f"Cannot write to {self._path}: {error}") from error
+        if written != len(line):
+            raise StorageError(f"Only half of a line went into {self._path}: is the disk full?")
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -103,8 +106,10 @@ def _cut_torn_line(path: Path) -> None:
         # Lines are far shorter than this, so the last newline is in the last block.
         block_start = max(0, content_end - 2**20)
         file.seek(block_start)
-        block = file.read()
-        file.truncate(block_start + block.rfind(b"\n") + 1)
+        block = file.read(content_end - block_start)
+        whole_end = block_start + block.rfind(b"\n") + 1
+        if whole_end < content_end:
+            file.truncate(whole_end)
 
 
 def _without_non_finite(value: Any) -> Any:

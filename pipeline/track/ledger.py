@@ -4,6 +4,7 @@ Steps that a later resume took again are lost; what lies between a death and the
 down. The ledger is read from metrics.jsonl and events.jsonl alone, so it survives a kill.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,7 +43,7 @@ class Ledger:
     saving_seconds: float
     """Training stood still for a checkpoint."""
     lost_seconds: float
-    """Steps that a resume had to take again, with the saves and gaps among them."""
+    """Steps that a resume had to take again, with the gaps among them."""
     down_seconds: float
     """Between the end of one attempt and the start of the next."""
     other_seconds: float
@@ -59,8 +60,8 @@ def time_ledger(steps: Sequence[LoggedStep], events: Sequence[Event]) -> Ledger 
     """Divides the time between the run's first and last sign of life.
 
     Args:
-        steps: All steps in the order taken, superseded ones included (`read_all_metrics`).
-        events: All events in order.
+        steps: All steps in the order of time, superseded ones included (`read_all_metrics`).
+        events: All events in the order of time.
 
     Returns:
         The ledger; None if the run has left no sign of life.
@@ -103,11 +104,13 @@ def _lives(steps: Sequence[LoggedStep], events: Sequence[Event]) -> list[_Life]:
     if not begins or min(signs) < begins[0]:
         first = min((s.time - s.report.step_seconds for s in steps), default=min(signs))
         begins.insert(0, min(first, *signs))
-    begins = sorted(begins)
+    step_times, event_times = [step.time for step in steps], [event.time for event in events]
     lives: list[_Life] = []
-    for begin, limit in zip(begins, [*begins[1:], float("inf")], strict=True):
-        own_steps = tuple(step for step in steps if begin < step.time <= limit)
-        own_events = tuple(event for event in events if begin <= event.time < limit)
+    for begin, limit in pairwise([*begins, float("inf")]):
+        own_steps = tuple(steps[bisect_right(step_times, begin) : bisect_right(step_times, limit)])
+        own_events = tuple(
+            events[bisect_left(event_times, begin) : bisect_left(event_times, limit)]
+        )
         end = max([begin, *(s.time for s in own_steps), *(e.time for e in own_events)])
         lives.append(_Life(begin=begin, end=end, steps=own_steps, events=own_events))
     return lives
@@ -127,21 +130,20 @@ def _spend(life: _Life, kept: set[int], spent: dict[str, float]) -> None:
     """Walks one life from sign to sign and books each stretch."""
     saves = [event for event in life.events if event.name == "save"]
     clock = life.begin
-    last_was_lost = False
     for number, step in enumerate(life.steps):
         gap = max(0.0, step.time - clock)
         steps_covered = 1 if number == 0 else step.report.step - life.steps[number - 1].report.step
         inside = min(gap, step.report.step_seconds * max(1, steps_covered))
         saving = min(gap - inside, _save_seconds(saves, clock, step.time))
         rest = gap - inside - saving
-        last_was_lost = id(step) not in kept
-        if last_was_lost:
-            spent["starting" if number == 0 else "lost"] += rest
-            spent["lost"] += inside + saving
+        is_lost = id(step) not in kept
+        spent["saving"] += saving
+        if is_lost:
+            spent["lost"] += inside
         else:
             _book_step(step, inside, spent)
-            spent["saving"] += saving
-            spent["starting" if number == 0 else "other"] += rest
+        gap_is_for = "starting" if number == 0 else "lost" if is_lost else "other"
+        spent[gap_is_for] += rest
         clock = max(clock, step.time)
     tail = life.end - clock
     saving = min(tail, _save_seconds(saves, clock, life.end + 1e-9))

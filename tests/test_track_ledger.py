@@ -1,0 +1,118 @@
+"""The ledger of time against runs whose every second is known."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from pipeline.track.ledger import time_ledger
+from pipeline.track.metrics import Event, LoggedStep
+from tests.test_track_metrics import REPORT
+
+START, STEP, WAIT, SAVE = 7.0, 2.0, 0.25, 3.0
+SAVE_EVERY = 5
+
+
+class SimulatedRun:
+    """Plays a run with random deaths and books every second as it happens."""
+
+    def __init__(self, seed, num_steps, lives=(1, 3, 5, 8, 100)):
+        self.random = random.Random(seed)
+        self.clock, self.num_steps = 1000.0, num_steps
+        self.lives = lives
+        self.steps, self.events = [], []
+        self.saved = 0
+        self.spent = dict.fromkeys(("kept", "wait", "starting", "saving", "lost", "down"), 0.0)
+
+    def play(self):
+        while self.saved < self.num_steps:
+            self.live()
+        return self
+
+    def live(self):
+        self.event("resume" if self.events else "start", step=self.saved)
+        self.clock += START
+        since_save, step = [], self.saved
+        death = step + self.random.choice(self.lives)
+        while step < min(death, self.num_steps):
+            step += 1
+            self.take(step)
+            since_save.append(step)
+            if step % SAVE_EVERY == 0 or step == self.num_steps:
+                self.clock += SAVE
+                self.event("save", step=step, seconds=SAVE)
+                self.spent["saving"] += SAVE
+                self.spent["kept"] += len(since_save) * (STEP - WAIT)
+                self.spent["wait"] += len(since_save) * WAIT
+                self.saved, since_save = step, []
+        self.spent["lost"] += len(since_save) * STEP
+        self.spent["starting"] += START
+        if self.saved < self.num_steps:
+            down = self.random.uniform(1.0, 500.0)
+            self.clock += down
+            self.spent["down"] += down
+
+    def take(self, step):
+        self.clock += STEP
+        report = replace(REPORT, step=step, step_seconds=STEP, data_wait_seconds=WAIT)
+        self.steps.append(LoggedStep(time=self.clock, report=report))
+
+    def event(self, name, *, step, **details):
+        self.events.append(Event(time=self.clock, name=name, step=step, details=details))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_second_of_a_run_with_many_deaths_is_booked_once_and_rightly(seed):
+    run = SimulatedRun(seed, num_steps=200).play()
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    assert ledger.training_seconds == pytest.approx(run.spent["kept"])
+    assert ledger.data_wait_seconds == pytest.approx(run.spent["wait"])
+    assert ledger.saving_seconds == pytest.approx(run.spent["saving"])
+    assert ledger.lost_seconds == pytest.approx(run.spent["lost"])
+    assert ledger.starting_seconds == pytest.approx(run.spent["starting"])
+    assert ledger.down_seconds == pytest.approx(run.spent["down"])
+    assert ledger.other_seconds == pytest.approx(0.0, abs=1e-6)
+    assert ledger.wall_seconds == pytest.approx(sum(run.spent.values()))
+    assert len(ledger.attempts) == sum(event.name != "save" for event in run.events)
+
+
+def test_ten_thousand_deaths_still_sum_to_the_wall_time():
+    run = SimulatedRun(0, num_steps=30_000, lives=(1, 3, 5, 8)).play()
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    assert len(ledger.attempts) > 10_000
+    parts = (
+        ledger.training_seconds + ledger.data_wait_seconds + ledger.starting_seconds
+        + ledger.saving_seconds + ledger.lost_seconds + ledger.down_seconds + ledger.other_seconds
+    )  # fmt: skip
+    assert parts == pytest.approx(ledger.wall_seconds, rel=1e-9)
+    assert ledger.wall_seconds == pytest.approx(run.clock - 1000.0)
+
+
+def test_an_attempt_says_why_it_ended():
+    run = SimulatedRun(0, num_steps=1)
+    run.event("start", step=0)
+    run.take(1)
+    run.event("stop", step=1, reason="SIGTERM")
+    run.clock += 10
+    run.event("resume", step=1)
+    run.take(2)
+    run.clock += 10
+    run.event("resume", step=1)
+    run.take(2)
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    endings = [attempt.ending for attempt in ledger.attempts]
+    assert endings == ["stopped: SIGTERM", "died without a word", "no word yet"]
+
+
+def test_a_run_without_events_is_one_attempt_and_one_without_signs_has_no_ledger():
+    run = SimulatedRun(0, num_steps=3)
+    for step in (1, 2, 3):
+        run.take(step)
+    ledger = time_ledger(run.steps, [])
+    assert ledger is not None
+    assert ledger.wall_seconds == pytest.approx(3 * STEP)
+    assert ledger.effective_share == pytest.approx((STEP - WAIT) / STEP)
+    assert time_ledger([], []) is None
