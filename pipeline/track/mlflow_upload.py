@@ -201,7 +201,8 @@ class Uploader:
     def _run_name(self) -> str:
         """What identifies the run on the server, whatever folder it is moved to."""
         info = read_run_info(self._run_dir)
-        return str(info.get("id") or self._run_dir)
+        # Quotes would end the search for it too early.
+        return _name(str(info.get("id") or self._run_dir))
 
     def _note(self, state: str, error: str) -> None:
         if (state, error) != (self._state.state, self._state.error):
@@ -236,8 +237,7 @@ def _find_run(client: MlflowClient, job: UploadJob, name: str) -> str:
     """The run's MLflow run: found by its tag if a crash lost the id, created otherwise."""
     experiment = client.get_experiment_by_name(job.experiment)
     experiment_id = experiment.experiment_id if experiment else _new_experiment(client, job)
-    quoted = name.replace("'", "\\'")
-    found = client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{quoted}'", max_results=1)
+    found = client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{name}'", max_results=1)
     if found:
         return found[0].info.run_id
     run_dir = Path(job.run_dir)
