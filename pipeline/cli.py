@@ -9,6 +9,7 @@ shell's own 130 (interrupted from the keyboard) and 141 (nobody reads the output
 import difflib
 import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ VERBS = (
     ),
     Verb(
         words="ckpt verify",
-        function="pipeline.commands.ckpt:verify",
+        function="pipeline.commands.ckpt:verify_",
         help="Compare a run's checkpoints with their digests.",
     ),
     Verb(
@@ -236,12 +237,16 @@ def _missing_extra(error: BaseException | None) -> UsageError | None:
 def _nobody_reads() -> bool:
     """Whether the broken pipe is our own output, and not one to a worker or a server."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more at its end; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # Not a file: captured or closed.
+        return False
+    poller = select.poll()
+    poller.register(output, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poller.poll(0)):
+        return False
+    # The interpreter flushes once more at its end; let that go nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _say(error: JepaError, as_json: bool) -> int:

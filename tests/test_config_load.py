@@ -41,7 +41,8 @@ class Whole(Section):
     size: Literal["small", "large"] = "small"
     window: tuple[float, float] = (0.75, 1.5)
     layers: tuple[Annotated[int, Field(ge=0)], ...] = (1, 2)
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = Field(default=(), max_length=3)
+    some: tuple[Part, ...] = Field(default=(Part(name="one"),), min_length=1)
     named: dict[str, Part] = Field(default={})
     mode: Annotated[Slow | Fast, Field(discriminator="kind")] = Slow(patience=5)
     part: Part = Part(name="only", steps=3)
@@ -114,6 +115,12 @@ MISTAKES = {
     "window: [1, 2, 3]": "window: expected a list of 2: a number; a number, got a list of 3",
     "layers: [1, -1]": "layers.1: expected a whole number at least 0, got -1",
     "parts: [{steps: 3}]": "parts.0.name: expected a text, got nothing",
+    "parts: [{name: a}, {name: b}, {name: c}, {name: d}]": "parts: "
+    "expected a list, each item a mapping with the keys of Part "
+    "(of length at most 3), got a list of 4",
+    "some: [{name: 3}]": "some.0.name: expected a text, got 3",
+    "some: []": "some: expected a list, each item a mapping with the keys of Part "
+    "(of length at least 1), got a list of 0",
     "part: {name: a, steps: 0}": "part.steps: expected a whole number above 0, got 0",
     "part: {name: a, rate: .inf}": "part.rate: expected a finite number, got .inf",
     "part: 3": "part: expected a mapping with the keys of Part, got 3",

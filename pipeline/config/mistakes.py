@@ -34,7 +34,11 @@ def mistakes_of(error: ValidationError, root: Node, schema: type[Section]) -> li
     found: dict[tuple[str, str], Mistake] = {}
     data = plain(root)
     for details in error.errors(include_url=False):
-        mistake = _mistake(details, _Place(root, data, schema), schema)
+        place = _Place(root, data, schema)
+        place.follow(details)
+        if _follows_from_others(details, place):
+            continue
+        mistake = _mistake(details, place, schema)
         # The members of a union complain one by one; the sentence names all of them already.
         found.setdefault((mistake.key, mistake.problem), mistake)
     return list(found.values())
@@ -85,11 +89,14 @@ def shown(value: Plain) -> str:
     return f"the text {text}" if isinstance(value, str) else text
 
 
+def _follows_from_others(details: ErrorDetails, place: "_Place") -> bool:
+    """Whether a list is called too short only because pydantic left its wrong items out."""
+    if details["type"] != "too_short" or not isinstance(place.data, list):
+        return False
+    return len(place.data) >= details.get("ctx", {})["min_length"]
+
+
 def _mistake(details: ErrorDetails, place: "_Place", schema: type[Section]) -> Mistake:
-    for part in details["loc"]:
-        place.descend(part)
-    if details["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        place.descend(details.get("ctx", {})["discriminator"].strip("'"))
     return Mistake(
         origin=place.origin, key=".".join(place.path), problem=_problem(details, place, schema)
     )
@@ -106,6 +113,13 @@ class _Place:
         self.annotation: Any = schema
         self.above: Any = schema
         self.above_data: Plain = None
+
+    def follow(self, details: ErrorDetails) -> None:
+        """To the key that an error is about."""
+        for part in details["loc"]:
+            self.descend(part)
+        if details["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            self.descend(details.get("ctx", {})["discriminator"].strip("'"))
 
     def descend(self, part: str | int) -> None:
         """One part further; the names of a union's members are not keys and are passed over."""
