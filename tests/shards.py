@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,21 +44,29 @@ def render_video(seed: int, num_frames: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_dataset(folder: Path, num_samples: int, *, first_seed: int = 0, **extra: object) -> Path:
+def write_dataset(
+    folder: Path,
+    num_samples: int,
+    *,
+    first_seed: int = 0,
+    extra: Callable[[int], dict[str, bytes]] | None = None,
+) -> Path:
     """Samples of 8 to 23 frames in two shards.
 
     Args:
         folder: Where to write.
         num_samples: How many.
         first_seed: Seed of the first video.
-        **extra: Further members by suffix with dots as `__`; a function of the sample's number.
+        extra: Further members of a sample by suffix, or other bytes for its `mp4`.
     """
     folder.mkdir(parents=True)
     for shard in range(2):
         path = folder / f"shard-{shard:06d}.tar"
-        with wds.TarWriter(str(path), mtime=0) as writer:
+        # Given a file, because by name it refuses to write where WDS_SECURE is set.
+        with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
             for number in range(shard, num_samples, 2):
-                writer.write(_sample(number, first_seed + number, extra))
+                members = extra(number) if extra else {}
+                writer.write(_sample(first_seed + number, members))
     build_index(folder)
     return folder
 
@@ -94,9 +103,9 @@ def grid_of(frames: int, resolution: int) -> Grid:
     return Grid(t=frames // 2, h=resolution // 8, w=resolution // 8)
 
 
-def _sample(number: int, seed: int, extra: dict[str, object]) -> dict[str, object]:
+def _sample(seed: int, members: dict[str, bytes]) -> dict[str, object]:
     num_frames = 8 + (seed * 5) % 16
-    video = render_video(seed, num_frames)
+    video = members.get("mp4") or render_video(seed, num_frames)
     key = f"clip-{seed:05d}"
     sidecar = Sidecar(
         key=key,
@@ -113,8 +122,4 @@ def _sample(number: int, seed: int, extra: dict[str, object]) -> dict[str, objec
         video_bytes=len(video),
         video_sha256=hashlib.sha256(video).hexdigest(),
     )
-    sample: dict[str, object] = {"__key__": key, "json": sidecar.model_dump_json().encode()}
-    sample["mp4"] = video
-    for name, make in extra.items():
-        sample[name.replace("__", ".")] = make(number)  # type: ignore[operator]
-    return sample
+    return {"__key__": key, "json": sidecar.model_dump_json().encode()} | members | {"mp4": video}

@@ -5,6 +5,7 @@ number of them gives the same micro-batches, and a resume starts them at the nex
 """
 
 import atexit
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -19,7 +20,8 @@ from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Collate, Plans, micro_batches
 from pipeline.errors import DataError, JepaError
 
-_JOIN_SECONDS = 5.0
+# Workers finish the clip they are at; they hold nothing worth waiting for any longer.
+_CLOSE_SECONDS = 5.0
 
 
 def make_loader(
@@ -93,15 +95,20 @@ class Loader:
         return item
 
     def close(self) -> None:
-        """End the workers; those that do not stop by themselves are killed."""
+        """End the workers, within seconds also if one hangs."""
         atexit.unregister(self.close)
-        # DataLoader asks its workers to stop when its iterator is deleted.
-        self._batches = None
+        batches, self._batches = self._batches, None
+        # Private as well: the public way is to delete the iterator, which waits without a limit
+        # if a worker was killed while it held the queue's lock.
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            closing = threading.Thread(target=shutdown, daemon=True)
+            closing.start()
+            closing.join(_CLOSE_SECONDS)
         for process in self._workers:
-            process.join(_JOIN_SECONDS)
             if process.is_alive():
                 process.kill()
-                process.join()
+            process.join()
         self._workers = []
 
     def __enter__(self) -> Self:
