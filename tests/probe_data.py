@@ -54,8 +54,9 @@ def moving_square(label: int, *, seed: int, size: int = 32, num_frames: int = 12
     return frames
 
 
-def ssv2_task(folder: Path, **changes) -> TaskConfig:
+def ssv2_task(folder: Path | None, **changes) -> TaskConfig:
     """A task on `write_ssv2`'s folder for the encoder of `tiny_config`."""
+    folder = folder or Path("nowhere")
     settings = {
         "name": "squares",
         "data": SsV2Data(kind="ssv2", videos=folder / "videos", annotations=folder / "labels"),

@@ -133,7 +133,14 @@ def _write(folder: Path, asked: Extraction, report: Callable[[int, int], None]) 
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Makes a whole folder visible under its name; another process may have been faster."""
+    """Makes a whole folder visible under its name, in place of a damaged one.
+
+    Another process may have published the same features in the meantime: they serve as well.
+    """
+    if folder.exists():
+        doomed = partial.with_name(f"{partial.name}-old")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     try:
         partial.replace(folder)
     except OSError:

@@ -1,0 +1,265 @@
+"""Frozen features: equal to the encoder's own output, found again, and honest about bad videos."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.synthetic.encode import encode_h264
+from pipeline.data.augment import normalise
+from pipeline.data.decode import DecodeLimits, decode_frames
+from pipeline.errors import ConfigError, DataError
+from pipeline.probe.annotations import read_task
+from pipeline.probe.cache import Extraction, extract, prune
+from pipeline.probe.clips import ClipReader
+from pipeline.probe.evaluate import evaluate
+from pipeline.probe.features import LiveInputs
+from pipeline.probe.frozen import freeze
+from pipeline.probe.records import ProbeRequest, wilson_interval
+from pipeline.probe.tasks import Augmentation, ClipConfig
+from tests.probe_data import moving_square, ssv2_task, tiny_encoder, write_ssv2
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    return write_ssv2(tmp_path_factory.mktemp("probe") / "set", train=12, validation=6)
+
+
+def test_tokens_equal_a_direct_call_of_the_encoder_segments_joined_along_time(squares, tmp_path):
+    task = ssv2_task(squares, precision="fp32")
+    features = _extract(task, tmp_path, "train", num_views=1)
+    encoder = tiny_encoder().eval()
+    payload = (squares / "videos" / "1.mp4").read_bytes()
+    # 1.5 s of video, segments of 1 s: they start at 0 and at 0.5 s.
+    times = np.array([0, 0.25, 0.5, 0.75, 0.5, 0.75, 1.0, 1.25])
+    order = np.argsort(times, kind="stable")
+    frames = decode_frames(payload, times[order], DecodeLimits()).frames_THWC[np.argsort(order)]
+    expected = []
+    for part in (frames[:4], frames[4:]):
+        video = torch.from_numpy(part).permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            expected.append(encoder(normalise(video))[0])
+    tokens_ND = torch.cat(expected)
+    found = torch.from_numpy(features.tokens_NVND[0, 0].astype(np.float32))
+    torch.testing.assert_close(found, tokens_ND, atol=2e-3, rtol=2e-3)  # kept in fp16
+    steps_PD = tokens_ND.unflatten(0, (4, -1)).mean(dim=1)  # 2 segments of 2 time steps
+    torch.testing.assert_close(torch.tensor(features.steps_NVPD[0, 0]), steps_PD)
+    pooled_F = features.pooled("clip")[0, 0]
+    torch.testing.assert_close(pooled_F, tokens_ND.mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_over_time_cannot_tell_order_and_joined_steps_can(squares, tmp_path):
+    features = _extract(ssv2_task(squares), tmp_path, "validation", num_views=3)
+    steps = np.array(features.steps_NVPD)
+    reverse = type(features)(
+        steps_NVPD=steps[:, :, ::-1],
+        tokens_NVND=None,
+        labels_N=features.labels_N,
+        faults=(),
+        from_cache=True,
+    )
+    torch.testing.assert_close(features.pooled("clip"), reverse.pooled("clip"))
+    assert not torch.allclose(features.pooled("time"), reverse.pooled("time"))
+    assert features.pooled("time").shape == (6, 3, 4 * 48)
+
+
+def test_several_layers_are_joined(squares, tmp_path):
+    clip = ClipConfig(frames=4, fps=4.0, resolution=32, layers=(0, 1))
+    features = _extract(ssv2_task(squares, clip=clip), tmp_path, "train", num_views=1)
+    last = ClipConfig(frames=4, fps=4.0, resolution=32)
+    only_last = _extract(ssv2_task(squares, clip=last), tmp_path, "train", num_views=1)
+    half = only_last.tokens_NVND.shape[2]
+    assert features.tokens_NVND.shape[2] == 2 * half
+    np.testing.assert_array_equal(features.tokens_NVND[:, :, half:], only_last.tokens_NVND)
+
+
+def test_a_second_call_reads_the_cache_and_scores_the_same(squares, tmp_path):
+    task = ssv2_task(squares)
+    first = _scores(task, tmp_path)
+    entries = sorted((tmp_path / "cache").iterdir())
+    written = {path: (path / "tokens.npy").stat().st_mtime_ns for path in entries}
+    assert _scores(task, tmp_path) == first
+    assert {path: (path / "tokens.npy").stat().st_mtime_ns for path in entries} == written
+    assert _scores(task, tmp_path / "elsewhere") == first
+
+
+def test_features_belong_to_encoder_clip_and_videos(squares, tmp_path):
+    task = ssv2_task(squares)
+    keys = {
+        "same": _asked(task).key(),
+        "other weights": _asked(task, seed=1).key(),
+        "other clip": _asked(
+            ssv2_task(squares, clip=ClipConfig(frames=4, fps=2.0, resolution=32))
+        ).key(),
+        "fewer videos": _asked(ssv2_task(squares, max_train=6)).key(),
+    }
+    assert len(set(keys.values())) == 4
+    # What only heads depend on does not encode again.
+    assert _asked(ssv2_task(squares, selection="validation")).key() == keys["same"]
+    assert _asked(task).key() == keys["same"]
+
+
+def test_a_damaged_cache_is_encoded_again(squares, tmp_path):
+    task = ssv2_task(squares)
+    asked = _asked(task)
+    whole = np.array(extract(asked, tmp_path, _silent).steps_NVPD)  # a copy: the file is cut
+    (tmp_path / asked.key() / "steps.npy").write_bytes(b"\x93NUMPY garbage")
+    again = extract(asked, tmp_path, _silent)
+    assert not again.from_cache
+    np.testing.assert_array_equal(again.steps_NVPD, whole)
+    assert extract(asked, tmp_path, _silent).from_cache
+
+
+def test_pruning_removes_what_was_used_longest_ago(squares, tmp_path):
+    tasks = [ssv2_task(squares, max_train=n) for n in (6, 9)]
+    for task in tasks:
+        extract(_asked(task), tmp_path, _silent)
+    one = sum(f.stat().st_size for f in (tmp_path / _asked(tasks[1]).key()).iterdir()) / 2**30
+    prune(tmp_path, 1.5 * one)
+    assert [path.name for path in tmp_path.iterdir()] == [_asked(tasks[1]).key()]
+
+
+def test_undecodable_videos_are_named_left_out_and_counted(tmp_path):
+    folder = write_ssv2(tmp_path / "set", train=8, validation=4)
+    (folder / "videos" / "3.mp4").write_bytes(b"")
+    task = ssv2_task(folder, max_bad_share=0.2)
+    features = _extract(task, tmp_path, "train", num_views=1)
+    assert [(fault.position, fault.key) for fault in features.faults] == [(2, "3")]
+    assert features.faults[0].reason.startswith("empty")
+    assert features.labels_N.tolist() == [1, 2, 1, 2, 0, 1, 2]
+    assert _extract(task, tmp_path, "train", num_views=1).faults == features.faults
+    records = _records(task, tmp_path)
+    assert {record.num_faults["train"] for record in records} == {1}
+    assert {record.num_train for record in records} == {7}
+
+
+def test_more_bad_videos_than_tolerated_stop_the_probe(tmp_path):
+    folder = write_ssv2(tmp_path / "set", train=8, validation=4)
+    for key in (2, 3):
+        (folder / "videos" / f"{key}.mp4").write_bytes(b"no video at all")
+    with pytest.raises(DataError, match=r"2 of the 8 train videos.*1 are tolerated.*2: "):
+        _extract(ssv2_task(folder, max_bad_share=0.2), tmp_path, "train", num_views=1)
+
+
+def test_tokens_that_do_not_fit_the_budget_are_encoded_live_with_the_same_scores(squares, tmp_path):
+    kept = _scores(ssv2_task(squares), tmp_path / "kept")
+    live = _scores(ssv2_task(squares, token_cache_gib=0.0), tmp_path / "live")
+    assert not list((tmp_path / "live").rglob("tokens.npy"))
+    assert [s[:2] for s in live] == [s[:2] for s in kept]
+    for one, other in zip(live, kept, strict=True):
+        assert one[2] == pytest.approx(other[2], abs=0.2)  # fp16 may turn one clip of six
+
+
+def test_augmentation_is_a_function_of_epoch_and_video_and_off_for_scoring(squares):
+    augmentation = Augmentation(random_crop=True, random_time=True, erase=1.0)
+    task = ssv2_task(squares, augmentation=augmentation)
+    split = read_task(task).train
+    reader, again = (
+        ClipReader(split, task.clip, num_views=1, augmentation=augmentation) for _ in range(2)
+    )
+    first = reader.read(3, epoch=0).video_VSCTHW
+    assert torch.equal(first, again.read(3, epoch=0).video_VSCTHW)
+    assert not torch.equal(first, reader.read(3, epoch=1).video_VSCTHW)
+    plain = ClipReader(split, task.clip, num_views=1, augmentation=Augmentation())
+    assert torch.equal(reader.read(3).video_VSCTHW, plain.read(3).video_VSCTHW)
+
+
+def test_live_batches_keep_order_and_labels_whatever_the_threads(squares):
+    encoder = freeze(tiny_encoder(), ssv2_task(squares))
+    order = torch.tensor([5, 0, 7, 2, 9])
+    found = []
+    for threads in (1, 3):
+        task = ssv2_task(squares, decode_threads=threads, encode_batch=2)
+        split = read_task(task).train
+        live = LiveInputs(encoder, split, task, num_views=1)
+        batches = list(live.batches(order, 3, epoch=None))
+        assert [len(batch.labels_B) for batch in batches] == [3, 2]
+        assert torch.cat([b.labels_B for b in batches]).tolist() == [
+            split.videos[i].label for i in order
+        ]
+        found.append(torch.cat([batch.inputs_BV for batch in batches]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_three_views_are_both_ends_and_the_centre_at_one_scale(tmp_path):
+    folder = write_ssv2(tmp_path / "set", train=3, validation=1)
+    wide = np.concatenate([moving_square(2, seed=s, size=32) for s in (1, 2)], axis=2)
+    (folder / "videos" / "1.mp4").write_bytes(encode_h264(wide, 8))
+    task = ssv2_task(folder)
+    reader = ClipReader(read_task(task).train, task.clip, num_views=3, augmentation=Augmentation())
+    views = reader.read(0).video_VSCTHW[:, 0].float()
+    shown = (
+        torch.from_numpy(
+            decode_frames(
+                (folder / "videos" / "1.mp4").read_bytes(), np.zeros(1), DecodeLimits()
+            ).frames_THWC[0]
+        )
+        .permute(2, 0, 1)
+        .float()
+    )
+    for view, left in zip(views, (0, 16, 32), strict=True):
+        assert (view[:, 0] - shown[..., left : left + 32]).abs().max() <= 1
+
+
+def test_attention_heads_that_do_not_divide_the_width_are_refused_with_the_nearest(
+    squares, tmp_path
+):
+    task = ssv2_task(squares)
+    wrong = task.model_copy(
+        update={"attentive": task.attentive.model_copy(update={"attention_heads": 7})}
+    )
+    with pytest.raises(ConfigError, match=r"width 48, got 7; the nearest that does is 6"):
+        _records(wrong, tmp_path)
+
+
+def test_records_state_what_they_rest_on(squares, tmp_path):
+    attentive, linear, knn = _records(ssv2_task(squares), tmp_path)
+    assert (attentive.head, linear.head, knn.head) == ("attentive", "linear", "knn")
+    assert attentive.chance == pytest.approx(1 / 3)
+    assert (attentive.num_train, attentive.num_val, attentive.num_classes) == (12, 6, 3)
+    assert attentive.top5 is None
+    assert [point["epoch"] for point in attentive.curve] == [1, 2]
+    assert len(attentive.sweep) == 2
+    assert json.dumps(attentive.task_config)
+    assert knn.curve == []
+
+
+def test_wilson_interval_equals_textbook_values():
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+
+
+def _asked(task, split="train", *, num_views=1, seed=0):
+    return Extraction(
+        encoder=freeze(tiny_encoder(seed), task),
+        split=getattr(read_task(task), split),
+        task=task,
+        num_views=num_views,
+        keep_tokens=True,
+    )
+
+
+def _extract(task, cache, split, *, num_views):
+    return extract(_asked(task, split, num_views=num_views), cache, _silent)
+
+
+def _records(task, out):
+    request = ProbeRequest(
+        commit_dir=out,
+        step=0,
+        which="teacher",
+        task=task,
+        heads=("attentive", "linear", "knn"),
+        seeds=(0,),
+        out=out,
+    )
+    return evaluate(freeze(tiny_encoder(), task), read_task(task), request, report=lambda _: None)
+
+
+def _scores(task, out):
+    return [(r.head, r.seed, r.top1, r.curve[-1:]) for r in _records(task, out)]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
