@@ -107,6 +107,25 @@ def test_an_attempt_says_why_it_ended():
     assert endings == ["stopped: SIGTERM", "died without a word", "no word yet"]
 
 
+def test_loading_before_the_start_event_counts_as_starting_not_as_down():
+    run = SimulatedRun(0, num_steps=5, lives=(100,))
+    for begin in (1000.0, 2000.0):
+        run.clock = begin + 20.0
+        run.event("start" if begin == 1000.0 else "resume", step=0)
+        run.take(1)
+    # The third attempt died while loading and left no event.
+    run.clock = 3020.0
+    run.event("resume", step=0)
+    run.take(1)
+    ledger = time_ledger(run.steps, run.events, starts=[1000.0, 2000.0, 2500.0, 3000.0])
+    assert ledger is not None
+    assert [attempt.begin for attempt in ledger.attempts] == [1000.0, 2000.0, 2500.0, 3000.0]
+    assert ledger.starting_seconds == pytest.approx(60.0)
+    without = time_ledger(run.steps, run.events, starts=[3000.0])
+    assert without is not None
+    assert [attempt.begin for attempt in without.attempts] == [1020.0, 2020.0, 3000.0]
+
+
 def test_a_run_without_events_is_one_attempt_and_one_without_signs_has_no_ledger():
     run = SimulatedRun(0, num_steps=3)
     for step in (1, 2, 3):

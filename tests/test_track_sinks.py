@@ -194,7 +194,7 @@ def test_a_batch_whose_answer_was_lost_leaves_no_duplicates(run_dir):
 
 
 def test_a_lost_run_id_is_found_again_by_the_run_itself(run_dir):
-    (run_dir / "run.json").write_text('{"id": "it\'s-7"}')
+    (run_dir / "run.json").write_text('{"run_id": "it\'s-7"}')
     write_steps(run_dir, [1])
     assert uploader(run_dir).work()
     first_id = mlflow_run_id(run_dir)

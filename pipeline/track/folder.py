@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class ProbeScore:
     trained: bool
     top1: float
     top5: float | None
+    interval: tuple[float, float] | None
+    """95 % interval of top1, as wide as the number of validation clips makes it."""
     chance: float | None
     num_val: int | None
     seed: int | None
@@ -49,6 +52,23 @@ def read_run_info(run_dir: Path) -> dict[str, Any]:
         StorageError: If the file is there but holds no JSON object.
     """
     return read_json_object(run_dir / RUN_FILE)
+
+
+def update_run_info(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets some keys of run.json and keeps the others; for the run's first rank alone.
+
+    Returns:
+        The new content.
+    """
+    info = {**read_run_info(run_dir), **changes}
+    write_json(run_dir / RUN_FILE, info)
+    return info
+
+
+def start_times(run_dir: Path) -> tuple[float, ...]:
+    """When the run's processes were started, unix seconds: before they had loaded anything."""
+    starts = read_run_info(run_dir).get("starts", [])
+    return tuple(datetime.fromisoformat(start["time"]).timestamp() for start in starts)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -109,6 +129,7 @@ def _probe_score(path: Path) -> ProbeScore:
         trained=not untrained,
         top1=float(record["top1"]),
         top5=record.get("top5"),
+        interval=tuple(record["top1_interval"]) if "top1_interval" in record else None,
         chance=record.get("chance"),
         num_val=record.get("num_val"),
         seed=record.get("seed"),

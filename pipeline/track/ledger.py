@@ -4,7 +4,7 @@ Steps that a later resume took again are lost; what lies between a death and the
 down. The ledger is read from metrics.jsonl and events.jsonl alone, so it survives a kill.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,17 +56,21 @@ class Ledger:
         return self.training_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
 
-def time_ledger(steps: Sequence[LoggedStep], events: Sequence[Event]) -> Ledger | None:
+def time_ledger(
+    steps: Sequence[LoggedStep], events: Sequence[Event], starts: Sequence[float] = ()
+) -> Ledger | None:
     """Divides the time between the run's first and last sign of life.
 
     Args:
         steps: All steps in the order of time, superseded ones included (`read_all_metrics`).
         events: All events in the order of time.
+        starts: When the processes were started, from run.json: seconds before the `start` event,
+            which comes when everything is loaded.
 
     Returns:
         The ledger; None if the run has left no sign of life.
     """
-    lives = _lives(steps, events)
+    lives = _lives(steps, events, starts)
     if not lives:
         return None
     kept = _kept(steps)
@@ -95,9 +99,11 @@ class _Life:
     events: tuple[Event, ...]
 
 
-def _lives(steps: Sequence[LoggedStep], events: Sequence[Event]) -> list[_Life]:
+def _lives(
+    steps: Sequence[LoggedStep], events: Sequence[Event], starts: Sequence[float]
+) -> list[_Life]:
     """Cuts both records at every start; a run without events is one life."""
-    begins = [event.time for event in events if event.name in _STARTS]
+    begins = _begins([event.time for event in events if event.name in _STARTS], starts)
     signs = [step.time for step in steps] + [event.time for event in events]
     if not signs:
         return []
@@ -114,6 +120,17 @@ def _lives(steps: Sequence[LoggedStep], events: Sequence[Event]) -> list[_Life]:
         end = max([begin, *(s.time for s in own_steps), *(e.time for e in own_events)])
         lives.append(_Life(begin=begin, end=end, steps=own_steps, events=own_events))
     return lives
+
+
+def _begins(event_times: Sequence[float], starts: Sequence[float]) -> list[float]:
+    """One time per attempt: when its processes started, or its start event if that is unknown."""
+    begins = sorted(starts)
+    before = float("-inf")
+    for time in event_times:
+        if bisect_right(begins, time) == bisect_right(begins, before):
+            insort(begins, time)
+        before = time
+    return begins
 
 
 def _kept(steps: Sequence[LoggedStep]) -> set[int]:

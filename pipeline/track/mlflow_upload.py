@@ -202,7 +202,7 @@ class Uploader:
         """What identifies the run on the server, whatever folder it is moved to."""
         info = read_run_info(self._run_dir)
         # Quotes would end the search for it too early.
-        return _name(str(info.get("id") or self._run_dir))
+        return _name(str(info.get("run_id") or self._run_dir))
 
     def _note(self, state: str, error: str) -> None:
         if (state, error) != (self._state.state, self._state.error):
@@ -242,10 +242,10 @@ def _find_run(client: MlflowClient, job: UploadJob, name: str) -> str:
         return found[0].info.run_id
     run_dir = Path(job.run_dir)
     tags = {_RUN_TAG: name, "jepa.folder": str(run_dir), "mlflow.source.name": "jepa"}
-    tags |= {"jepa.host": socket.gethostname()}
-    for key, value in read_run_info(run_dir).items():
-        if isinstance(value, str | int | float):
-            tags["mlflow.source.git.commit" if key == "git_commit" else f"jepa.{key}"] = str(value)
+    tags["jepa.host"] = socket.gethostname()
+    start = (read_run_info(run_dir).get("starts") or [{}])[-1]
+    tags["mlflow.source.git.commit"] = str(start.get("code", "unknown"))
+    tags |= {f"jepa.{key}": str(value) for key, value in start.get("machine", {}).items()}
     return client.create_run(experiment_id, tags=tags, run_name=run_dir.name).info.run_id
 
 

@@ -105,7 +105,7 @@ class Tracker:
         if self._mlflow is not None:
             self._pass_on(self._mlflow.poll())
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Records something that happened; `step` is the field that says when.
 
         The ledger reads: `start`, `resume` (a new attempt began), `save` with `seconds` (the loop
