@@ -12,7 +12,7 @@ from pipeline.checkpoint.layout import CheckpointConfig
 from pipeline.clip import Grid
 from pipeline.config.section import Section
 from pipeline.data.stream import DataConfig
-from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask
+from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask, check_masks
 from pipeline.models.attention import AttentionConfig
 from pipeline.objectives import AnyObjectiveConfig
 from pipeline.optim import OptimizerConfig
@@ -76,7 +76,8 @@ class RunConfig(Section):
         if twice:
             raise ValueError(f"two stages are called {', '.join(twice)}: give each its own name")
         for stage in self.stages:
-            self.objective.grid(stage.frames, stage.resolution)
+            grid = self.objective.grid(stage.frames, stage.resolution)
+            check_masks(self.masks if stage.masks is None else stage.masks, grid)
             if self.global_batch % stage.micro_batch:
                 raise ValueError(
                     f"global_batch {self.global_batch} is not a multiple of stage {stage.name}'s "

@@ -125,7 +125,7 @@ def _tracker(config: RunConfig, launch: Launch, *, resume: bool) -> Tracker:
 def _cost(config: RunConfig, number: int) -> StageCost:
     stage = config.stages[number]
     grid = config.grid(stage.frames, stage.resolution)
-    masks = stage.masks or config.masks
+    masks = config.masks if stage.masks is None else stage.masks
     # Only ratios between stages count here, so the mean of the reference's masks will do:
     # a quarter of the tokens is context, six tenths are targets.
     kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(masks)

@@ -17,7 +17,7 @@ from pipeline.environment import (
     leave_process_group,
     set_cpu_threads,
 )
-from pipeline.errors import ExitCode, JepaError, StorageError
+from pipeline.errors import ExitCode, StorageError
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
 
@@ -58,7 +58,7 @@ def train(
         parts.stop.clear()
         try:
             reason = _loop(parts)
-        except (JepaError, RuntimeError) as error:
+        except BaseException as error:
             # No collectives from here on: a peer may be gone.
             parts.tracker.event("fault", reason=f"{type(error).__name__}: {error}")
             parts.tracker.close("failed")
@@ -75,7 +75,7 @@ def _loop(parts: Parts) -> StopReason:
     for step in range(parts.first_step, config.num_steps + 1):
         place = place_of_step(config.stages, step)
         if place.step_in_stage == 1:
-            parts.tracker.event("stage", step=step, name=place.stage.name)
+            parts.tracker.event("stage", step=step, stage=place.stage.name)
         result = take_step(parts, step)
         parts.tracker.log(result.report)
         if result.report.num_faults:

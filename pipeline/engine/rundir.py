@@ -22,8 +22,9 @@ from pipeline.track.folder import (
     EVENTS_FILE,
     METRICS_FILE,
     QUARANTINE_FILE,
+    RUN_FILE,
     read_run_info,
-    update_run_info,
+    write_json,
 )
 from pipeline.track.jsonl import JsonLinesWriter
 
@@ -110,7 +111,8 @@ def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
 
 
 def _note_start(run_dir: Path, launch: Launch, step: int, fields: dict[str, Any]) -> None:
-    starts = read_run_info(run_dir).get("starts", []) if not fields else []
+    # A fresh run brings its own fields and forgets those of an attempt that never saved.
+    info = fields or read_run_info(run_dir)
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -119,9 +121,8 @@ def _note_start(run_dir: Path, launch: Launch, step: int, fields: dict[str, Any]
         "code": git_commit(Path(__file__).parent),
         "machine": machine(),
     }
-    update_run_info(
-        run_dir, {**fields, "world_size": launch.world_size, "starts": [*starts, entry]}
-    )
+    starts = [*info.get("starts", []), entry]
+    write_json(run_dir / RUN_FILE, {**info, "world_size": launch.world_size, "starts": starts})
 
 
 def _told_by_rank_0(action: Callable[[], _T]) -> _T:
