@@ -20,17 +20,22 @@ from pipeline.errors import JepaError, UsageError
 _NAMESPACE = "jepa"
 # Tasks hand over paths and small results, never videos; Ray's own default is a third of memory.
 _OBJECT_STORE_BYTES = 200 << 20
-_QUIET = {
+_CONNECT_SECONDS = 10.0
+_VARIABLES = {
+    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     # A task that asks for no GPU must not hide the GPUs from the code it runs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",
 }
-# Despite its name this decides on Linux, too, whether a loopback address stays one: with Ray's
-# default `127.0.0.1` is replaced by the machine's outer address and all ports listen everywhere.
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-_CONNECT_SECONDS = 10.0
+_LOCAL_VARIABLES = {
+    # Despite its name this decides on Linux, too, whether a loopback address stays one: with
+    # Ray's default 127.0.0.1 becomes the machine's outer address, and every port listens there.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+# One for the life of the process: Ray reads it once and keeps it.
+_TOKEN = secrets.token_hex(32)
+_imported_here: list[bool] = []
 
 
 @contextmanager
@@ -51,39 +56,43 @@ def local_ray(num_cpus: int | None = None, address: str | None = None) -> Iterat
         UsageError: Ray is not installed, authentication is switched off, or there is no cluster
             at `address`.
     """
-    ray = _import_ray(joining=address is not None)
-    if ray.is_initialized():
-        yield ray
-        return
-    if address is not None:
-        _join(ray, address)
-        try:
+    with _environment(joining=address is not None):
+        ray = _import_ray()
+        if ray.is_initialized():
             yield ray
-        finally:
-            ray.shutdown()
-        return
-    # Short on purpose: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
-    folder = tempfile.mkdtemp(prefix="jepa-ray-", dir="/tmp")
+        elif address is not None:
+            with _joined(ray, address):
+                yield ray
+        else:
+            with _started(ray, num_cpus):
+                yield ray
+
+
+@contextmanager
+def _environment(*, joining: bool) -> Iterator[None]:
+    """Sets what Ray and the processes it starts read from the environment, for the time being."""
+    wanted = dict(_VARIABLES) if joining else _VARIABLES | _LOCAL_VARIABLES
+    if not joining and not any(name in os.environ for name in _TOKEN_VARIABLES):
+        wanted["RAY_AUTH_TOKEN"] = _TOKEN
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
     try:
-        _start(ray, num_cpus, folder)
-        yield ray
+        if os.environ["RAY_AUTH_MODE"] != "token":
+            raise UsageError(
+                "RAY_AUTH_MODE is not `token`: whoever reaches Ray's ports could run code as you",
+                remedy="Unset RAY_AUTH_MODE, or set it to `token`.",
+            )
+        yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in added:
+            os.environ.pop(name, None)
 
 
-def _import_ray(*, joining: bool) -> ModuleType:
-    """Ray reads these variables when it is imported, so they are set before."""
-    if "ray" not in sys.modules:
-        for name, value in (_QUIET if joining else _QUIET | _LOOPBACK).items():
-            os.environ.setdefault(name, value)
-        if not joining and not any(name in os.environ for name in _TOKEN_VARIABLES):
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        raise UsageError(
-            "RAY_AUTH_MODE is not `token`: anyone who reaches Ray's ports could run code as you",
-            remedy="Unset RAY_AUTH_MODE, or set it to `token`.",
-        )
+def _import_ray() -> ModuleType:
+    """Ray decides while it is imported whether it asks for tokens and where it listens."""
+    early = sys.modules.get("ray") if not _imported_here else None
+    if early is not None and not early.is_initialized():
+        raise JepaError("ray was imported before pipeline.cluster, which has to confine it first")
     try:
         import ray  # noqa: PLC0415 - evaluators install without it
     except ModuleNotFoundError as error:
@@ -93,27 +102,37 @@ def _import_ray(*, joining: bool) -> ModuleType:
             "this command runs on Ray, which is not installed",
             remedy="pip install 'jepa-pipeline[train]'",
         ) from error
+    _imported_here.append(True)
     return ray
 
 
-def _start(ray: ModuleType, num_cpus: int | None, folder: str) -> None:
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        namespace=_NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
-    host = ray.get_runtime_context().gcs_address.rpartition(":")[0]
-    if host not in ("127.0.0.1", "localhost", "[::1]"):
-        raise JepaError(f"Ray listens on {host} instead of the loopback; it was shut down")
+@contextmanager
+def _started(ray: ModuleType, num_cpus: int | None) -> Iterator[None]:
+    # Short on purpose: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
+    folder = tempfile.mkdtemp(prefix="jepa-ray-", dir="/tmp")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            namespace=_NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        host = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+        if host not in ("127.0.0.1", "localhost", "[::1]"):
+            raise JepaError(f"Ray listened on {host} instead of the loopback and was shut down")
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _join(ray: ModuleType, address: str) -> None:
+@contextmanager
+def _joined(ray: ModuleType, address: str) -> Iterator[None]:
     try:
         host, _, port = address.rpartition(":")
         # Ray itself waits many minutes for a head that is not there.
@@ -126,3 +145,7 @@ def _join(ray: ModuleType, address: str) -> None:
             remedy="Start it with token authentication and give this process the token by "
             "RAY_AUTH_TOKEN_PATH; or leave the address out to run on this machine.",
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
