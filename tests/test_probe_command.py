@@ -13,6 +13,7 @@ from pipeline.conduct.tasks import TaskNeeds, run_as_task
 from pipeline.errors import DataError, ExitCode, PeerLostError
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.records import ProbeProgress, ProbeRequest
+from pipeline.track.folder import read_probes
 from tests.probe_data import ssv2_task, write_run, write_ssv2
 
 NEEDS = TaskNeeds(num_cpus=1, num_gpus=0, describe="a test")
@@ -57,6 +58,8 @@ def test_json_holds_the_records_that_stand_in_the_runs_folder(folder, capsys):
     for record in records:
         path = folder / f"run/probes/squares-step00000020-teacher-linear-seed{record['seed']}.json"
         assert json.loads(path.read_text()) == record
+    (shown, _) = [s for s in read_probes(folder / "run") if (s.head, s.step) == ("linear", 20)]
+    assert (shown.task, shown.trained, shown.num_val) == ("squares", True, 6)
 
 
 def test_one_checkpoint_and_the_student_can_be_named(folder, capsys):

@@ -1,15 +1,19 @@
 """Frozen features: equal to the encoder's own output, found again, and honest about bad videos."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool3d
 
 from data_prep.synthetic.encode import encode_h264
 from pipeline.data.augment import normalise
 from pipeline.data.decode import DecodeLimits, decode_frames
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.attention import AttentionConfig
+from pipeline.models.encoder import Encoder
 from pipeline.probe.annotations import read_task
 from pipeline.probe.cache import Extraction, extract, prune
 from pipeline.probe.clips import ClipReader
@@ -17,7 +21,7 @@ from pipeline.probe.evaluate import evaluate
 from pipeline.probe.features import LiveInputs
 from pipeline.probe.frozen import freeze
 from pipeline.probe.records import ProbeRequest, wilson_interval
-from pipeline.probe.tasks import Augmentation, ClipConfig
+from pipeline.probe.tasks import Augmentation, ClipConfig, LinearConfig
 from tests.probe_data import moving_square, ssv2_task, tiny_encoder, write_ssv2
 
 
@@ -62,6 +66,22 @@ def test_pooling_over_time_cannot_tell_order_and_joined_steps_can(squares, tmp_p
     torch.testing.assert_close(features.pooled("clip"), reverse.pooled("clip"))
     assert not torch.allclose(features.pooled("time"), reverse.pooled("time"))
     assert features.pooled("time").shape == (6, 3, 4 * 48)
+
+
+def test_place_in_the_tokens_tells_directions_apart_only_if_time_steps_are_kept(tmp_path):
+    folder = write_ssv2(tmp_path / "set", train=36, validation=24)
+    sweep = {"learning_rates": (0.03,), "weight_decays": (1e-3,), "epochs": 60, "batch": 8}
+    found = {}
+    for pooling in ("time", "clip"):
+        linear = LinearConfig(pooling=pooling, **sweep)
+        clip = ClipConfig(frames=12, fps=8.0, resolution=32, views=1)
+        task = ssv2_task(folder, clip=clip, linear=linear)
+        encoder = freeze(_SeesPlace(tiny_encoder().config, attention=AttentionConfig()), task)
+        request = replace(_request(task, tmp_path), heads=("linear",))
+        (record,) = evaluate(encoder, read_task(task), request, report=lambda _: None)
+        found[pooling] = record.top1
+    assert found["time"] >= 0.9
+    assert found["clip"] <= 0.7  # still or moving is all it can tell
 
 
 def test_several_layers_are_joined(squares, tmp_path):
@@ -230,6 +250,17 @@ def test_wilson_interval_equals_textbook_values():
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
 
 
+class _SeesPlace(Encoder):
+    """Tokens that hold a patch's brightness, and brightness times its column."""
+
+    def forward(self, video_BCTHW, keep_BK=None, layers=()):  # noqa: ARG002
+        patches = avg_pool3d(video_BCTHW.mean(dim=1, keepdim=True), (2, 8, 8))  # [B, 1, t, h, w]
+        bright = patches - patches.amin(dim=(2, 3, 4), keepdim=True)
+        column = torch.arange(patches.shape[-1]) - (patches.shape[-1] - 1) / 2
+        tokens = torch.cat([bright, bright * column, torch.zeros_like(bright)], dim=1)
+        return torch.nn.functional.pad(tokens.flatten(2).transpose(1, 2), (0, 45))
+
+
 def _asked(task, split="train", *, num_views=1, seed=0):
     return Extraction(
         encoder=freeze(tiny_encoder(seed), task),
@@ -245,7 +276,12 @@ def _extract(task, cache, split, *, num_views):
 
 
 def _records(task, out):
-    request = ProbeRequest(
+    encoder = freeze(tiny_encoder(), task)
+    return evaluate(encoder, read_task(task), _request(task, out), report=lambda _: None)
+
+
+def _request(task, out):
+    return ProbeRequest(
         commit_dir=out,
         step=0,
         which="teacher",
@@ -254,7 +290,6 @@ def _records(task, out):
         seeds=(0,),
         out=out,
     )
-    return evaluate(freeze(tiny_encoder(), task), read_task(task), request, report=lambda _: None)
 
 
 def _scores(task, out):
