@@ -122,6 +122,14 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
             f"{address}:{port} within {timeout_seconds:.0f} s: {error}",
             remedy="Check that rank 0 runs, its address is reachable and the port is free.",
         ) from error
+    # DeepSpeed reads these of torchrun's variables itself, whoever started us.
+    os.environ.update(
+        RANK=str(launch.rank),
+        LOCAL_RANK=str(launch.local_rank),
+        WORLD_SIZE=str(launch.world_size),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=group_store,

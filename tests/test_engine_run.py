@@ -1,0 +1,184 @@
+"""Whole runs through the command line: stop, resume, refuse, fail with the right exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import layout
+from pipeline.checkpoint.load import iterate_weights
+from pipeline.config.load import resolved_yaml
+from pipeline.errors import ExitCode
+from pipeline.track.metrics import read_events, read_metrics
+from tests.plain import tiny_config
+from tests.shards import write_dataset
+
+LIMIT_SECONDS = 150
+
+
+def jepa(*words: object, **changes: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_dataset(folder / "data", 24)
+    return folder
+
+
+def write_config(folder: Path, name: str, **changes) -> Path:
+    data = {"sources": [{"path": str(folder / "data")}], "workers": 1, **changes.pop("data", {})}
+    config = tiny_config(
+        name=name,
+        runs_folder=str(folder),
+        data=data,
+        checkpoint={"every_steps": 2, "keep_last": 2},
+        **changes,
+    )
+    path = folder / f"{name}.yaml"
+    path.write_text(resolved_yaml(config))
+    return path
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} never came to step {step}")
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    code, output = finish(jepa("train", write_config(folder, "whole"), "--ranks", 2))
+    assert code == ExitCode.DONE, output
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def stopped(folder) -> tuple[Path, int, str]:
+    """A run that was sent SIGTERM in its first stage, and resumed to its end."""
+    process = jepa("train", write_config(folder, "stopped"), "--ranks", 2)
+    wait_for_step(folder / "stopped", 1)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == ExitCode.SAVED_RUN_AGAIN, output
+    at = layout.list_commits(folder / "stopped")[-1].step
+    code, output = finish(jepa("resume", folder / "stopped"))
+    assert code == ExitCode.DONE, output
+    return folder / "stopped", at, output
+
+
+def test_a_stopped_and_resumed_run_has_the_very_losses_of_an_uninterrupted_one(whole, stopped):
+    run, at, _ = stopped
+    assert 1 <= at < 6, "it was stopped in the middle"
+    expected = [(s.report.step, s.report.loss.hex()) for s in read_metrics(whole)]
+    found = [(s.report.step, s.report.loss.hex()) for s in read_metrics(run)]
+    assert [step for step, _ in expected] == [1, 2, 3, 4, 5, 6]
+    assert found == expected
+
+
+def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole, stopped):
+    run, _, _ = stopped
+    ends = [layout.list_commits(folder)[-1] for folder in (whole, run)]
+    assert [end.step for end in ends] == [6, 6]
+    expected, found = (dict(iterate_weights(end.path)) for end in ends)
+    assert all(found[name].equal(weight) for name, weight in expected.items())
+    assert any(name.startswith("teacher.") for name in expected)
+
+
+def test_the_first_and_the_last_checkpoints_stay_and_others_go(whole):
+    assert [commit.step for commit in layout.list_commits(whole)] == [0, 4, 6]
+
+
+def test_events_tell_the_story_of_a_run(stopped):
+    run, at, _ = stopped
+    names = [event.name for event in read_events(run)]
+    assert names[0] == "start"
+    assert names.index("stop") < names.index("resume") < names.index("end")
+    assert next(e for e in read_events(run) if e.name == "resume").step == at
+
+
+def test_one_rank_without_workers_sees_the_same_losses_within_rounding(folder, whole):
+    config = write_config(folder, "alone", data={"workers": 0})
+    code, output = finish(jepa("train", config))
+    assert code == ExitCode.DONE, output
+    expected = [s.report.loss for s in read_metrics(whole)]
+    found = [s.report.loss for s in read_metrics(folder / "alone")]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_is_never_started_over_an_existing_one(folder, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    code, output = finish(jepa("train", folder / "whole.yaml"))
+    assert code == ExitCode.USAGE
+    assert "jepa resume" in output
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_what_is_no_run_or_with_other_ranks_is_refused(folder, whole):
+    code, output = finish(jepa("resume", folder / "no-such-run"))
+    assert code == ExitCode.CONFIG
+    assert "no-such-run" in output
+    code, output = finish(jepa("resume", whole, "--ranks", 1))
+    assert code == ExitCode.CONFIG
+    assert "saved by 2 ranks" in output
+    code, output = finish(jepa("resume", whole, "--step", 5))
+    assert code == ExitCode.CONFIG
+    assert "there are: 0, 4, 6" in output
+
+
+def test_a_changed_dataset_is_refused_on_resume(folder, whole):
+    config = whole / "config.yaml"
+    text = config.read_text()
+    write_dataset(folder / "other", 24, first_seed=100)
+    config.write_text(text.replace(str(folder / "data"), str(folder / "other")))
+    code, output = finish(jepa("resume", whole))
+    config.write_text(text)
+    assert code == ExitCode.CONFIG
+    assert "other samples" in output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(folder):
+    rate = {"shape": "constant", "peak": 1e18}
+    stages = [
+        {
+            **{"name": "hot", "steps": 20, "frames": 4, "fps": 4.0, "resolution": 32},
+            "micro_batch": 8,
+            "learning_rate": rate,
+        }
+    ]
+    code, output = finish(jepa("train", write_config(folder, "hot", stages=stages)))
+    assert code == ExitCode.NUMERICS, output
+    for commit in layout.list_commits(folder / "hot"):
+        state = dict(iterate_weights(commit.path))
+        assert all(weight.isfinite().all() for weight in state.values())
+
+
+def test_a_killed_rank_ends_the_others_with_peer_lost(folder):
+    stages = json.loads(tiny_config().model_dump_json())["stages"][:1]
+    stages[0].update(name="long", steps=100_000)
+    stages[0]["learning_rate"] = {"shape": "constant", "peak": 1e-3}
+    process = jepa("train", write_config(folder, "killed", stages=stages), "--ranks", 2)
+    wait_for_step(folder / "killed", 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == ExitCode.PEER_LOST, output
+    assert layout.list_commits(folder / "killed"), "the last commit stands"
