@@ -6,6 +6,7 @@ without `labels/train.json` is an unfinished one.
 """
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from data_prep.synthetic.scene import draw_scene
 from data_prep.synthetic.videos import Recipe, is_written, write_videos
 from pipeline.errors import StorageError, UsageError
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised whenever the same parameters would give other pictures."""
 
 _PARAMETERS = "synthetic.json"
@@ -93,14 +94,20 @@ class SyntheticConfig:
         return Recipe(seed=self.seed, num_pairs=self.pairs, shape=shape)
 
     def splits(self) -> dict[str, range]:
-        """Video numbers of each split, one after the other."""
-        validation = self.videos + 1
-        test = validation + self.validation
-        return {
-            "train": range(1, validation),
-            "validation": range(validation, test),
-            "test": range(test, test + self.test),
-        }
+        """Video numbers of each split, one after the other.
+
+        A split starts where a new round of all classes starts, so that within every split no
+        class has more than one video more than another.
+        """
+        splits, start = {}, 1
+        for name, count in (
+            ("train", self.videos),
+            ("validation", self.validation),
+            ("test", self.test),
+        ):
+            splits[name] = range(start, start + count)
+            start += math.ceil(count / (2 * self.pairs)) * 2 * self.pairs
+        return splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

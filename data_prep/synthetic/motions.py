@@ -96,19 +96,22 @@ def _approach(rng: Generator, progress: Array, knobs: Knobs) -> Action:
 
 def _cover(rng: Generator, progress: Array, knobs: Knobs) -> Action:
     """A large object comes from any side and ends in front of a smaller one that rests."""
-    size, far = rng.uniform(*knobs.size) * 0.85, rng.uniform(*knobs.travel) + 0.06
+    size, far = rng.uniform(*knobs.size) * 0.85, 0.85 * rng.uniform(*knobs.travel) + 0.06
     x, y, heading = _room(rng, size + 0.12), _room(rng, size + 0.12), _turn(rng)
+    # From the side where there is more room, or the object could start outside the picture.
+    dx = _inwards(x, far * float(np.cos(heading)))
+    dy = _inwards(y, far * float(np.sin(heading)))
     hidden = Layer(
         look=draw_look(rng),
         track=track(progress, x=x, y=y, size=size, angle=_tilt(rng)),
     )
-    away = (1 - progress) * far
+    away = 1 - progress
     above = Layer(
         look=draw_look(rng, "square"),
         track=track(
             progress,
-            x=x + np.cos(heading) * away,
-            y=y + np.sin(heading) * away,
+            x=x + dx * away,
+            y=y + dy * away,
             size=size * 1.4,
             angle=_tilt(rng),
         ),
@@ -236,6 +239,11 @@ def _room(rng: Generator, reach: float) -> float:
     """A centre on one axis from which `reach` to both sides stays in the picture if it can."""
     free = max(0.0, 0.5 - reach)
     return 0.5 + float(rng.uniform(-free, free))
+
+
+def _inwards(place: float, distance: float) -> float:
+    """`distance` with the sign that leads from `place` towards the picture's other half."""
+    return abs(distance) if place < 0.5 else -abs(distance)
 
 
 def _turn(rng: Generator) -> float:

@@ -62,8 +62,8 @@ class Scene:
 
 
 def class_of(seed: int, video: int, num_pairs: int) -> int:
-    """Class number of a video: every run of 2·`num_pairs` video numbers has each class once."""
-    block, place = divmod(video, 2 * num_pairs)
+    """Class number of a video: each 2·`num_pairs` numbers from 1 on have every class once."""
+    block, place = divmod(video - 1, 2 * num_pairs)
     order = np.random.default_rng([seed, _CLASS_STREAM, block]).permutation(2 * num_pairs)
     return int(order[place])
 
