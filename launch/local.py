@@ -30,17 +30,18 @@ def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
         port: Free TCP port on the loopback interface where the ranks meet.
 
     Returns:
-        The exit code of all ranks if they agree, else that of the rank that failed first.
+        0 or 75 if no rank failed, else the code of a rank that did: of the cause of it, if the
+        others only lost that rank.
     """
     ranks = [_start(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
     with _forwarding(ranks):
-        first_failure = _wait(ranks)
-    codes = [_code(process) for process in ranks]
-    if first_failure is not None:
-        rank, code = first_failure
+        _wait(ranks)
+    failure = _failure(ranks)
+    if failure is not None:
+        rank, code = failure
         print(f"rank {rank} ended with exit code {code}", file=sys.stderr)  # noqa: T201 - a launcher's word
         return code
-    return max(codes)
+    return max(_code(process) for process in ranks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,28 +66,22 @@ def _start(
     return subprocess.Popen([sys.executable, *arguments], env=env, process_group=0)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
     """Waits for all; after a first failure the rest get some time, then are ended."""
-    first_failure: tuple[int, int] | None = None
     deadline: float | None = None
     while any(process.poll() is None for process in ranks):
-        if first_failure is None:
-            first_failure = _failed(ranks)
-            if first_failure is not None:
-                deadline = time.monotonic() + _GRACE_SECONDS
+        if deadline is None and _failure(ranks) is not None:
+            deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
-            deadline = None
         time.sleep(_POLL_SECONDS)
-    return first_failure or _failed(ranks)
 
 
-def _failed(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    fine = (None, ExitCode.DONE, ExitCode.SAVED_RUN_AGAIN)
-    failed = [
-        (n, _code(p)) for n, p in enumerate(ranks) if p.poll() is not None and _code(p) not in fine
-    ]
+def _failure(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    fine = (ExitCode.DONE, ExitCode.SAVED_RUN_AGAIN)
+    ended = [(n, _code(process)) for n, process in enumerate(ranks) if process.poll() is not None]
+    failed = [(rank, code) for rank, code in ended if code not in fine]
     # A peer-lost code is an echo of another rank's failure: the cause goes first.
     failed.sort(key=lambda pair: pair[1] == ExitCode.PEER_LOST)
     return failed[0] if failed else None

@@ -1,0 +1,184 @@
+"""A checkpoint is whole or not there; any changed byte is seen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from pipeline.checkpoint import layout, save
+from pipeline.checkpoint.layout import CheckpointConfig
+from pipeline.checkpoint.load import find_commit, load_encoder_state, verify
+from pipeline.errors import CheckpointError
+
+
+def write_files(folder: Path, value: float) -> None:
+    metadata = {"shapes": json.dumps({"teacher.w": [2, 3]}), "partitioned": "true"}
+    save_file({"teacher.w": torch.full((6,), value)}, folder / layout.weights_name(0), metadata)
+    (folder / layout.STATE).write_text(json.dumps({"value": value}))
+    (folder / "deepspeed").mkdir()
+    (folder / "deepspeed" / "optimizer.pt").write_bytes(bytes(range(200)))
+
+
+def commit(run: Path, step: int, write=write_files) -> save.SaveResult:
+    request = save.SaveRequest(
+        run_dir=run,
+        run_id="r",
+        step=step,
+        parent_step=None,
+        versions={},
+        write=lambda folder: write(folder, float(step)),
+    )
+    return save.save(request)
+
+
+def test_a_commit_verifies_and_gives_back_what_was_written(tmp_path):
+    assert commit(tmp_path, 3).failure is None
+    found = find_commit(tmp_path)
+    assert found.commit.step == 3
+    assert verify(found.commit.path) == []
+    state = load_encoder_state(found.commit.path)
+    torch.testing.assert_close(state["w"], torch.full((2, 3), 3.0))
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == found.commit.path.name
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def limit_file_operations(monkeypatch, allowed: int) -> dict[str, int]:
+    """From now on the process is killed before operation number `allowed` of a save."""
+    calls = {"done": 0}
+
+    def counted(function):
+        def run(*arguments, **named):
+            if calls["done"] == allowed:
+                raise Killed
+            calls["done"] += 1
+            return function(*arguments, **named)
+
+        return run
+
+    for name in ("rename", "replace", "mkdir", "write_text"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    for name in ("sync_folder", "sha256_of"):
+        monkeypatch.setattr(save, name, counted(getattr(save, name)))
+    return calls
+
+
+def test_a_kill_at_any_file_operation_leaves_the_old_commit_or_the_new(tmp_path, monkeypatch):
+    commit(tmp_path / "counted", 1)
+    with monkeypatch.context() as patch:
+        calls = limit_file_operations(patch, allowed=-1)
+        commit(tmp_path / "counted", 2)
+    assert calls["done"] > 10
+    ends = []
+    for allowed in range(calls["done"]):
+        run = tmp_path / str(allowed)
+        commit(run, 1)
+        with monkeypatch.context() as patch:
+            limit_file_operations(patch, allowed)
+            with pytest.raises(Killed):
+                commit(run, 2)
+        found = find_commit(run)
+        assert not found.rejected
+        assert load_encoder_state(found.commit.path)["w"][0, 0] == found.commit.step
+        ends.append(found.commit.step)
+    assert ends == sorted(ends), "once the new commit is there, it stays"
+    assert set(ends) == {1, 2}
+
+
+@pytest.fixture(scope="module")
+def two_commits(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("whole")
+    commit(run, 1)
+    commit(run, 2)
+    return run
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_changed_byte_rejects_the_newest_commit_and_falls_back(
+    two_commits, tmp_path_factory, data
+):
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(two_commits, run)
+    newest = layout.list_commits(run)[-1].path
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    change = data.draw(st.sampled_from(["flip", "cut", "zero"]))
+    if change == "flip":
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif change == "cut":
+        del content[place:]
+    else:
+        content[place : place + 16] = bytes(len(content[place : place + 16]))
+    unchanged = bytes(content) == path.read_bytes()
+    path.write_bytes(content)
+    try:
+        found = find_commit(run)
+    except CheckpointError:
+        pytest.fail("the older commit is whole and must be found")
+    if found.commit.step == 2:
+        # A manifest may be changed without harm (a blank, a version's name); its files may not.
+        assert unchanged or path.name == layout.MANIFEST
+        assert load_encoder_state(newest)["w"][0, 0] == 2
+    else:
+        assert found.rejected[0].reasons
+    shutil.rmtree(run.parent)
+
+
+def test_files_of_another_checkpoint_are_rejected(tmp_path):
+    commit(tmp_path, 1)
+    commit(tmp_path, 2)
+    first, second = (c.path for c in layout.list_commits(tmp_path))
+    shutil.copy(first / layout.weights_name(0), second / layout.weights_name(0))
+    assert any("digest differs" in problem for problem in verify(second))
+    (first / "stray.bin").write_bytes(b"x")
+    assert verify(first) == ["file stray.bin is not in the manifest"]
+
+
+def test_a_save_that_fails_is_named_and_leaves_nothing(tmp_path):
+    commit(tmp_path, 1)
+
+    def full_disk(folder: Path, value: float) -> None:
+        (folder / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device", str(folder / "half"))
+
+    result = commit(tmp_path, 2, full_disk)
+    assert result.failure is not None
+    assert "No space left" in result.failure
+    assert layout.list_partials(tmp_path) == []
+    assert [c.step for c in layout.list_commits(tmp_path)] == [1]
+
+
+def test_a_save_cut_short_is_ignored_and_cleared(tmp_path):
+    commit(tmp_path, 1)
+    partial = tmp_path / "checkpoints" / "step-00000002.partial-abc"
+    partial.mkdir()
+    assert [c.step for c in layout.list_commits(tmp_path)] == [1]
+    assert save.clear_partials(tmp_path) == [partial.name]
+    assert not partial.exists()
+
+
+def test_pruning_keeps_the_first_the_last_and_every_nth(tmp_path):
+    for step in range(0, 11):
+        commit(tmp_path, step)
+    removed = save.prune(tmp_path, CheckpointConfig(keep_last=2, keep_every_steps=4))
+    assert [c.step for c in layout.list_commits(tmp_path)] == [0, 4, 8, 9, 10]
+    assert removed == [1, 2, 3, 5, 6, 7]
+
+
+def test_asking_for_a_step_that_is_not_there_lists_those_that_are(tmp_path):
+    commit(tmp_path, 1)
+    commit(tmp_path, 7)
+    with pytest.raises(CheckpointError, match="there are: 1, 7"):
+        find_commit(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        find_commit(tmp_path / "elsewhere")

@@ -1,0 +1,65 @@
+"""The local launcher passes signals on and says with its exit code what the ranks said."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local import start_ranks
+
+
+def rank_program(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "rank.py"
+    path.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + text)
+    return [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sys.exit(0)", 0),
+        ("sys.exit(75)", 75),
+        ("sys.exit(78)", 78),
+        # Rank 0 echoes the loss of its peer before the peer's own word is in: the cause wins.
+        ("sys.exit(76 if rank == 0 else (time.sleep(0.3), 65)[1])", 65),
+        ("sys.exit(65 if rank == 0 else 76)", 65),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(0.5)", 76),
+    ],
+)
+def test_the_exit_code_is_the_ranks_word(tmp_path, text, expected):
+    assert start_ranks(rank_program(tmp_path, text), num_ranks=2, port=1) == expected
+
+
+def test_ranks_learn_their_place(tmp_path):
+    text = (
+        "names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_PORT']\n"
+        "open(f'{os.path.dirname(__file__)}/{rank}', 'w')"
+        ".write(' '.join(os.environ[n] for n in names))"
+    )
+    assert start_ranks(rank_program(tmp_path, text), num_ranks=2, port=4711) == 0
+    assert (tmp_path / "0").read_text() == "0 0 2 2 4711"
+    assert (tmp_path / "1").read_text() == "1 1 2 2 4711"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_reaches_every_rank(tmp_path, number):
+    text = (
+        "folder = os.path.dirname(__file__)\n"
+        "def stop(number, frame):\n"
+        "    open(f'{folder}/got-{rank}', 'w').write(str(number)); sys.exit(75)\n"
+        "for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): signal.signal(n, stop)\n"
+        "open(f'{folder}/ready-{rank}', 'w').close()\n"
+        "time.sleep(30)\n"
+    )
+    words = rank_program(tmp_path, text)
+    command = [sys.executable, "-m", "launch.local", "2", "1", *words]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 75
+    assert [path.read_text() for path in sorted(tmp_path.glob("got-*"))] == [str(int(number))] * 2
