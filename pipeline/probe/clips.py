@@ -57,6 +57,7 @@ class ClipReader:
         self.num_views = num_views
         self.augmentation = augmentation
         self._limits = DecodeLimits()
+        self._lengths: dict[int, tuple[float, int]] = {}
 
     def read(self, index: int, epoch: int | None = None) -> VideoClip | SampleFault:
         """The crops of one video, or why there are none.
@@ -78,12 +79,15 @@ class ClipReader:
         draw = 0 if epoch is None else epoch * len(self.split.videos) + index
         random_time = epoch is not None and self.augmentation.random_time
         units = _units(draw, self.clip.segments, random=random_time)
-        # Counted by decoding: SSv2's files carry neither a duration nor a number of frames.
-        info = probe_media(payload, self._limits, decode_everything=True)
+        if index not in self._lengths:
+            # Counted by decoding, once: SSv2's files carry neither duration nor number of frames.
+            info = probe_media(payload, self._limits, decode_everything=True)
+            self._lengths[index] = (info.duration_seconds, info.num_frames)
+        duration_seconds, num_frames = self._lengths[index]
         times_ST = segment_times(
             self.clip,
-            duration_seconds=info.duration_seconds,
-            num_frames=info.num_frames,
+            duration_seconds=duration_seconds,
+            num_frames=num_frames,
             units=units,
         )
         # One pass over the file: times of all segments ascending, then dealt out again.
