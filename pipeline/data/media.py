@@ -286,4 +286,5 @@ def _check_picture(width: int, height: int, limits: DecodeLimits) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    text = (error.strerror if isinstance(error, FFmpegError) else None) or repr(error)
+    return text.splitlines()[0][:200]
