@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipeline.track.metrics import Event, LoggedStep
+from pipeline.track.metrics import Event, LoggedStep, without_superseded
 
 _STARTS = ("start", "resume")
 _KINDS = ("training", "wait", "starting", "saving", "lost", "other")
@@ -73,7 +73,7 @@ def time_ledger(
     lives = _lives(steps, events, starts)
     if not lives:
         return None
-    kept = _kept(steps)
+    kept = {id(step) for step in without_superseded(steps)}
     spent: dict[str, float] = dict.fromkeys(_KINDS, 0.0)
     for life in lives:
         _spend(life, kept, spent)
@@ -131,16 +131,6 @@ def _begins(event_times: Sequence[float], starts: Sequence[float]) -> list[float
             insort(begins, time)
         before = time
     return begins
-
-
-def _kept(steps: Sequence[LoggedStep]) -> set[int]:
-    """Identities of the steps that no later resume has superseded."""
-    kept: list[LoggedStep] = []
-    for step in steps:
-        while kept and kept[-1].report.step >= step.report.step:
-            kept.pop()
-        kept.append(step)
-    return {id(step) for step in kept}
 
 
 def _spend(life: _Life, kept: set[int], spent: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """What a run records of its steps and events, and how tracking is configured."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -123,8 +123,13 @@ def read_metrics(run_dir: Path) -> tuple[LoggedStep, ...]:
     When the step number falls back, the run was resumed from before: all lines kept so far with
     that number or a higher one are superseded and dropped.
     """
+    return without_superseded(read_all_metrics(run_dir))
+
+
+def without_superseded(steps: Iterable[LoggedStep]) -> tuple[LoggedStep, ...]:
+    """Of steps in the order taken, those that no later resume has superseded."""
     kept: list[LoggedStep] = []
-    for step in read_all_metrics(run_dir):
+    for step in steps:
         while kept and kept[-1].report.step >= step.report.step:
             kept.pop()
         kept.append(step)

@@ -24,7 +24,7 @@ from pipeline.track.mlflow_job import UploadJob
 MLFLOW_LOG = "mlflow.log"
 _WORKER = "pipeline.track.mlflow_worker"
 _POLL_SECONDS = 2.0
-_CLOSE_SECONDS = {"finished": 30.0, "stopped": 5.0, "failed": 5.0}
+_URGENT_SECONDS, _PATIENT_SECONDS = 5.0, 30.0
 
 
 def upload_job(
@@ -62,7 +62,7 @@ class MlflowSink:
         config: The run's `track` section.
         run_dir: The run's folder.
         run_id: Attach to this MLflow run instead of the run's own.
-        is_training: False to send what is left of a run and leave its status as it is.
+        is_training: False to send what is left of a run that has ended.
     """
 
     def __init__(
@@ -122,11 +122,18 @@ class MlflowSink:
         """Asks the uploading process to copy a file; a warning if it cannot be asked."""
         return self._tell({"artifact": str(path.resolve())})
 
-    def close(self, status: RunStatus) -> str | None:
-        """Lets the uploading process finish for a bounded time; a warning if points are left."""
+    def close(self, status: RunStatus, *, is_urgent: bool | None = None) -> str | None:
+        """Lets the uploading process finish for a bounded time; a warning if points are left.
+
+        Args:
+            status: How the run ended.
+            is_urgent: Wait five seconds instead of thirty; by default only after a finished run
+                is there time.
+        """
         if self._worker is None:
             return None
-        seconds = _CLOSE_SECONDS[status]
+        urgent = status != "finished" if is_urgent is None else is_urgent
+        seconds = _URGENT_SECONDS if urgent else _PATIENT_SECONDS
         self._tell({"close": status, "seconds": seconds * 0.8})
         self._stdin().close()
         worker, self._worker = self._worker, None

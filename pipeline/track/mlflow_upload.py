@@ -104,8 +104,6 @@ class Uploader:
 
     def end(self, status: str) -> bool:
         """Sets how the run ended; True if MLflow took it."""
-        if not self._job.is_training:
-            return True
         client, run_id = self._client, self._state.run_id
         if client is None or run_id is None:
             return False

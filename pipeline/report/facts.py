@@ -1,0 +1,228 @@
+"""Everything known of a run, gathered from its folder; of a live run as well as of a dead one."""
+
+import difflib
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.checkpoint.layout import list_commits
+from pipeline.config.load import load_config
+from pipeline.errors import ConfigError, UsageError
+from pipeline.run import RunConfig
+from pipeline.stages import Stage
+from pipeline.track.folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+    RUN_FILE,
+    STOP_FILE,
+    ProbeScore,
+    read_probes,
+    read_run_info,
+    start_times,
+)
+from pipeline.track.health import Health, verdict
+from pipeline.track.jsonl import read_json_lines
+from pipeline.track.ledger import Ledger, time_ledger
+from pipeline.track.metrics import (
+    Event,
+    LoggedStep,
+    StageCost,
+    read_all_metrics,
+    read_events,
+    without_superseded,
+)
+from pipeline.track.rates import Rates, eta_seconds, window_rates
+
+State = Literal[
+    "not started", "starting", "running", "stopping", "finished", "stopped", "failed", "silent"
+]
+
+# A run that has shown no sign for this long, or for ten of its steps, is taken to be dead.
+_SILENT_SECONDS, _SILENT_STEPS = 120.0, 10
+_WINDOW_STEPS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run's folder says."""
+
+    run_dir: Path
+    config: RunConfig | None
+    config_problem: str | None
+    """Why config.yaml cannot be read, if it cannot."""
+    info: dict[str, Any]
+    all_steps: tuple[LoggedStep, ...]
+    """In the order taken, superseded ones included."""
+    events: tuple[Event, ...]
+    probes: tuple[ProbeScore, ...]
+    faults: tuple[dict[str, Any], ...]
+    """Lines of the quarantine file."""
+    commits: tuple[int, ...]
+    """Steps of the checkpoints that are whole by name."""
+    now: float
+
+    @cached_property
+    def steps(self) -> tuple[LoggedStep, ...]:
+        """The steps that count, ascending."""
+        return without_superseded(self.all_steps)
+
+    @cached_property
+    def health(self) -> Health:
+        """The verdict on the features."""
+        return verdict([step.report for step in self.steps])
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """Where the time went."""
+        return time_ledger(self.all_steps, self.events, start_times(self.run_dir))
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the whole run."""
+        return self.config.num_steps if self.config else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step taken that counts; 0 before the first."""
+        return self.steps[-1].report.step if self.steps else 0
+
+    @property
+    def last_sign(self) -> float | None:
+        """When the run last wrote anything, unix seconds."""
+        signs = [step.time for step in self.all_steps[-1:]]
+        signs += [event.time for event in self.events[-1:]]
+        signs += start_times(self.run_dir)[-1:]
+        return max(signs, default=None)
+
+    @property
+    def rates(self) -> Rates | None:
+        """Rates over the last steps."""
+        reports = [step.report for step in self.steps[-_WINDOW_STEPS:]]
+        peak = self.config.track.peak_tflops if self.config else None
+        world_size = int(self.info.get("world_size", 1))
+        return window_rates(reports, peak_tflops=peak, world_size=world_size)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Time left if it runs on; None if that cannot be told."""
+        return eta_seconds(self.steps[-_WINDOW_STEPS:], self._plan())
+
+    @property
+    def state(self) -> State:
+        """Whether the run is going on, and how it ended if not."""
+        ending = self._ending()
+        if ending is not None:
+            return ending
+        if self.last_sign is None:
+            return "not started"
+        rates = self.rates
+        patience = max(_SILENT_SECONDS, _SILENT_STEPS * (rates.step_seconds if rates else 0.0))
+        if self.now - self.last_sign > patience:
+            return "silent"
+        if self._is_loading():
+            return "starting"
+        return "stopping" if (self.run_dir / STOP_FILE).exists() else "running"
+
+    @property
+    def reason(self) -> str:
+        """Why the run ended as it did; empty if it goes on."""
+        if self.state not in ("finished", "stopped", "failed"):
+            return ""
+        event = next(e for e in reversed(self.events) if e.name in ("end", "stop", "fault"))
+        return str(event.details.get("reason", ""))
+
+    def _ending(self) -> State | None:
+        """How the newest attempt ended, by its own word."""
+        endings: dict[str, State] = {"end": "finished", "stop": "stopped", "fault": "failed"}
+        started = max(start_times(self.run_dir), default=0.0)
+        for event in reversed(self.events):
+            # A start is noted to the second; what it has ended cannot be newer than it began.
+            if event.name in ("start", "resume") or event.time < started:
+                return None
+            if event.name in endings:
+                return endings[event.name]
+        return None
+
+    def _is_loading(self) -> bool:
+        """True from the start of the processes to their first event."""
+        began = max(start_times(self.run_dir), default=0.0)
+        return not any(event.time >= began for event in self.events)
+
+    def _plan(self) -> list[StageCost]:
+        config = self.config
+        return [_stage_cost(config, stage) for stage in config.stages] if config else []
+
+
+def _stage_cost(config: RunConfig, stage: Stage) -> StageCost:
+    """What a step of a stage costs beside the others, with the masks' usual sizes."""
+    grid = config.grid(stage.frames, stage.resolution)
+    kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(stage.masks or config.masks)
+    flops = config.objective.training_flops(grid, kept) * config.global_batch
+    return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)
+
+
+def gather(run_dir: Path) -> RunFacts:
+    """Reads a run's folder.
+
+    Raises:
+        UsageError: It is no run's folder; the nearest names of runs are told.
+    """
+    check_is_run(run_dir)
+    config, problem = _read_config(run_dir)
+    return RunFacts(
+        run_dir=run_dir,
+        config=config,
+        config_problem=problem,
+        info=read_run_info(run_dir),
+        all_steps=read_all_metrics(run_dir),
+        events=read_events(run_dir),
+        probes=read_probes(run_dir),
+        faults=read_json_lines(run_dir / QUARANTINE_FILE).records,
+        commits=tuple(commit.step for commit in list_commits(run_dir)),
+        now=time.time(),
+    )
+
+
+def check_is_run(run_dir: Path) -> None:
+    """Refuses a path that is no run's folder.
+
+    Raises:
+        UsageError: With the nearest names of runs beside it and under runs/.
+    """
+    if _is_run(run_dir):
+        return
+    what = "does not exist" if not run_dir.exists() else "is not the folder of a run"
+    folders = [run_dir.parent, Path("runs"), run_dir]
+    runs = {str(run): run.name for folder in folders for run in _runs_in(folder)}
+    close = difflib.get_close_matches(run_dir.name, sorted(set(runs.values())), n=3, cutoff=0.5)
+    near = [path for path, name in runs.items() if name in close] or sorted(runs)[:5]
+    raise UsageError(
+        f"{run_dir} {what}.",
+        remedy=f"Did you mean {' or '.join(near)}?"
+        if near
+        else "Give the folder that `jepa train` named, such as runs/NAME.",
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (RUN_FILE, METRICS_FILE, EVENTS_FILE))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+
+
+def _read_config(run_dir: Path) -> tuple[RunConfig | None, str | None]:
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        return None, f"there is no {CONFIG_FILE}"
+    try:
+        return load_config(path, RunConfig).config, None
+    except ConfigError as error:
+        return None, str(error)
