@@ -46,7 +46,7 @@ th,td{padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);text-ali
 white-space:nowrap}
 .words1 :is(th,td):nth-child(-n+1),.words2 :is(th,td):nth-child(-n+2),
 .words3 :is(th,td):nth-child(-n+3),.words4 :is(th,td):nth-child(-n+4)
-{text-align:left;white-space:normal;overflow-wrap:anywhere}
+{text-align:left;white-space:normal;overflow-wrap:break-word;min-width:5rem;max-width:30rem}
 :is(th,td):last-child{padding-right:0}
 .bars{display:grid;grid-template-columns:minmax(5rem,auto) 1fr auto;gap:.25rem .9rem;
 align-items:center}
@@ -75,6 +75,8 @@ padding-top:.8rem}
 .bars .name{grid-column:1/-1}.bars .name,.maps .name{text-align:left}}
 @media print{:root{--paper:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--band:#eee;
 --c1:#0065a3;--c2:#c2540a;--c3:#007a58;--c4:#a8518a;--good:#00694b;--warn:#8a5300;--bad:#b3261e}
-main{max-width:none;padding:0}body{font-size:11pt}section{break-inside:auto}
+main{max-width:none;padding:0}body{font-size:10pt}
+.figures{grid-template-columns:1fr 1fr}figure.wide svg{min-width:0}
+table{font-size:8pt}th,td{padding-right:.4rem}.maps,.verdict,.tile{break-inside:avoid}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}h2{break-after:avoid}}
 """

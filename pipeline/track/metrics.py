@@ -17,6 +17,7 @@ from pipeline.track.jsonl import read_json_lines
 RunStatus = Literal["finished", "stopped", "failed"]
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_READ_BYTES = 2**22
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -138,8 +139,12 @@ def without_superseded(steps: Iterable[LoggedStep]) -> tuple[LoggedStep, ...]:
 
 def read_all_metrics(run_dir: Path) -> tuple[LoggedStep, ...]:
     """Every step in the order in which it was taken, superseded ones included."""
-    lines = read_json_lines(run_dir / METRICS_FILE)
-    return tuple(step for step in map(logged_step, lines.records) if step is not None)
+    path, steps, start = run_dir / METRICS_FILE, list[LoggedStep](), 0
+    # In parts: a long run's lines as dictionaries take several times the memory of its steps.
+    while (lines := read_json_lines(path, start, _READ_BYTES)).end != start:
+        steps += [step for step in map(logged_step, lines.records) if step is not None]
+        start = lines.end
+    return tuple(steps)
 
 
 def read_events(run_dir: Path) -> tuple[Event, ...]:
