@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep.display import shown_progress, summary_text
 from data_prep.settings import PrepSettings
 from data_prep.synthetic.dataset import SyntheticConfig, write_dataset
+from pipeline.errors import ExitCode
 
 
 def synthetic(
@@ -69,7 +70,7 @@ def run(
     address: str | None = None,
     overwrite: bool = False,
     json: bool = False,
-) -> None:
+) -> ExitCode:
     """Check, transcode, cut and shard videos, and index the shards.
 
     Finds the videos below SOURCES, refuses those that do not decode (`OUT/rejected.jsonl` says
@@ -86,7 +87,7 @@ def run(
         json: Print the result as JSON.
     """
     # Here, because webdataset brings torch, which no other verb of this file needs.
-    from data_prep.driver import Workers  # noqa: PLC0415
+    from data_prep.driver import Stopped, Workers  # noqa: PLC0415
     from data_prep.prepare import prepare  # noqa: PLC0415
 
     try:
@@ -99,10 +100,13 @@ def run(
                 overwrite=overwrite,
                 on_progress=show,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"stopped; the same command continues, {out} keeps finished shards\n")
+        if isinstance(error, Stopped):
+            return ExitCode.SAVED_RUN_AGAIN
         raise
     if json:
         Console().print_json(json_text.dumps(asdict(report)))
-        return
-    Console().print(summary_text(report), soft_wrap=True, highlight=False, markup=False)
+    else:
+        Console().print(summary_text(report), soft_wrap=True, highlight=False, markup=False)
+    return ExitCode.DONE

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @contextmanager
 def shown_progress() -> Iterator[Callable[["PrepProgress"], None]]:
     """A progress bar on standard error: videos done, rate, remaining time, what was refused."""
-    with Progress(
+    progress = Progress(
         TextColumn("preparing videos"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -33,15 +33,20 @@ def shown_progress() -> Iterator[Callable[["PrepProgress"], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[rejected]}"),
         console=Console(stderr=True),
-    ) as progress:
-        task = progress.add_task("videos", total=None, rejected="")
+    )
+    task = progress.add_task("videos", total=None, rejected="")
 
-        def show(now: "PrepProgress") -> None:
-            progress.update(
-                task, completed=now.done, total=now.total, rejected=_rejected_text(now.rejected)
-            )
+    def show(now: "PrepProgress") -> None:
+        # Started here, so that an error about the arguments stands alone.
+        progress.start()
+        progress.update(
+            task, completed=now.done, total=now.total, rejected=_rejected_text(now.rejected)
+        )
 
+    try:
         yield show
+    finally:
+        progress.stop()
 
 
 def summary_text(report: "PrepReport") -> str:

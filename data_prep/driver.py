@@ -5,9 +5,12 @@ twice is left out and reported. Ray itself never retries, because it would not k
 to blame.
 """
 
+import signal
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -46,11 +49,40 @@ def run_parts(
     Raises:
         StorageError: The dataset's folder cannot be written.
         DataError: Workers die again and again before they reach a video.
+        Stopped: On SIGTERM; a Ctrl-C is the KeyboardInterrupt it always is.
     """
     if not jobs:
         return
-    with local_ray(workers.num_cpus, workers.address) as ray:
+    with local_ray(workers.num_cpus, workers.address) as ray, _stopped_by_sigterm():
         _Crew(ray, jobs).run(on_done)
+
+
+class Stopped(KeyboardInterrupt):
+    """A scheduler asked this process to end; finished parts are kept."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Ray's own handler ends the process on the spot and leaves its files behind."""
+    received: list[int] = []
+
+    def stop(*signal_and_frame: Any) -> None:
+        received.append(signal_and_frame[0])
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        # Ray turns what a handler raises into a plain KeyboardInterrupt.
+        if received:
+            raise Stopped from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Crew:

@@ -79,11 +79,15 @@ def prepare(
             records[number] = record
     num_kept = sum(record.shard is not None for record in records.values())
 
-    def note(report: PartReport) -> None:
-        records[report.number] = report.record
+    def show() -> None:
         if on_progress is not None:
             on_progress(_progress(records, len(found.sources)))
 
+    def note(report: PartReport) -> None:
+        records[report.number] = report.record
+        show()
+
+    show()
     run_parts(jobs, workers or Workers(), note)
     ordered = [records[number] for number in sorted(records)]
     manifest = _publish(ledger, settings, ordered)
