@@ -13,6 +13,7 @@ from pipeline.data.media import (
     MediaReader,
     TimedFrame,
     VideoFrame,
+    VideoReformatter,
 )
 from pipeline.data.picture import is_upright, shown_size, to_rgb
 
@@ -153,6 +154,7 @@ class _Pictures:
 
     def __init__(self, num_frames: int, frame: VideoFrame, limits: DecodeLimits) -> None:
         self._stored = (frame.width, frame.height)
+        self._reformatter = VideoReformatter()
         num_bytes = num_frames * frame.width * frame.height * 3
         if num_bytes > limits.max_clip_bytes:
             raise BadMediaError(
@@ -165,7 +167,7 @@ class _Pictures:
 
     def put(self, where: slice, frame: VideoFrame) -> None:
         width, height = self._stored
-        picture_HWC = to_rgb(frame, width=width, height=height)
+        picture_HWC = to_rgb(frame, width=width, height=height, reformatter=self._reformatter)
         if picture_HWC.shape != self.frames_THWC.shape[1:]:
             raise BadMediaError(BadReason.UNDECODABLE, "the picture turns in the middle")
         self.frames_THWC[where] = picture_HWC

@@ -22,8 +22,10 @@ from typing import BinaryIO, Self
 import av
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.sidedata.sidedata import SideDataContainer  # noqa: F401 - for picture.py
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter  # noqa: F401 - for picture.py
 from av.video.stream import VideoStream
 from pydantic import Field
 

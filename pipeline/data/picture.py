@@ -1,37 +1,50 @@
 """A decoded frame as it is shown: converted to RGB, turned and mirrored by its display matrix."""
 
 import struct
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from pipeline.data.media import VideoFrame
+from pipeline.data.media import SideDataContainer, VideoFrame, VideoReformatter
 
 
 def to_rgb(
-    frame: "VideoFrame", *, width: int | None = None, height: int | None = None
+    frame: VideoFrame,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    reformatter: VideoReformatter | None = None,
 ) -> np.ndarray:
-    """A frame as shown, uint8 RGB [H, W, 3]; `width` and `height` are of the stored picture."""
-    converted = frame.reformat(width=width, height=height, format="rgb24", threads=1)
+    """A frame as shown, uint8 RGB [H, W, 3].
+
+    Args:
+        frame: A decoded frame.
+        width: Width to scale the stored picture to.
+        height: Height to scale the stored picture to.
+        reformatter: Share one among the frames of a video: a new one prepares its tables anew.
+    """
+    converted = (reformatter or VideoReformatter()).reformat(
+        frame, width=width, height=height, format="rgb24", threads=1
+    )
     return _oriented(converted.to_ndarray(), _display_matrix(frame))
 
 
-def shown_size(frame: "VideoFrame") -> tuple[int, int]:
+def shown_size(frame: VideoFrame) -> tuple[int, int]:
     """Width and height as shown."""
     a, b, _, _ = _display_matrix(frame)
     return (frame.height, frame.width) if abs(b) > abs(a) else (frame.width, frame.height)
 
 
-def is_upright(frame: "VideoFrame") -> bool:
+def is_upright(frame: VideoFrame) -> bool:
     """False if the picture has to be turned or mirrored to be shown."""
     a, b, _, d = _display_matrix(frame)
     return abs(a) >= abs(b) and a > 0 and d > 0
 
 
-def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d) of the display matrix: x' = a·x + c·y, y' = b·x + d·y."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`: it keeps the frame in a reference cycle, and hundreds of pictures stay
+    # in memory until the garbage collector comes by.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # pyright: ignore[reportCallIssue]
     if matrix is None:
         return (1, 0, 0, 1)
     a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
