@@ -127,6 +127,21 @@ def test_the_high_rank_of_untrained_features_is_not_held_against_the_run():
     assert health.state == "healthy"
 
 
+def test_a_rank_that_has_only_fallen_from_its_untrained_start_is_to_be_watched():
+    health = verdict(history(falling(), [24, 22, 20, 12, 8, 6]))
+    assert health.state == "watch"
+    assert "only fallen so far, from 22.0 to 8.0" in health.sentences[0]
+    turned = verdict(history(falling(100), [24, 22, 20, 12, 8, 6, 8, 10, 11, 12]))
+    assert turned.state == "healthy"
+
+
+def test_a_rank_that_drops_with_a_new_stage_is_not_held_against_the_run():
+    reports = history(falling(80), [20, 20, 22, 22, 6, 6, 7, 7])
+    staged = [replace(report, stage=report.step // 41) for report in reports]
+    assert verdict(reports).state == "watch"
+    assert verdict(staged).state == "healthy"
+
+
 def test_one_odd_measurement_does_not_change_the_verdict():
     assert verdict(history(falling(), [20, 20, 20, 20, 1.0, 20])).state == "healthy"
 

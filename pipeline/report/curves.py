@@ -73,7 +73,10 @@ def features_section(facts: RunFacts) -> str:
                 log_scale=False,
             )
             drawn.append(figure(svg(chart), caption))
-    lead = "Measured on the targets that the teacher gives, over the clips of one batch."
+    lead = (
+        "Measured on the targets that the teacher gives, over some clips of a batch. Compare "
+        "within a stage: larger clips, or another number of them, move these curves too."
+    )
     return section(title, figures(*drawn), lead=lead)
 
 

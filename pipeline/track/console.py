@@ -64,7 +64,8 @@ class ConsoleSink:
         if event.name in _QUIET_EVENTS:
             return
         where = f" at step {event.step}" if event.step is not None else ""
-        details = ", ".join(f"{key} {_short(value)}" for key, value in event.details.items())
+        told = {key: value for key, value in event.details.items() if value not in ([], None, "")}
+        details = ", ".join(f"{key} {_short(value)}" for key, value in told.items())
         self._say(f"{event.name}{where}{': ' if details else ''}{details}")
 
     def warn(self, sentence: str) -> None:

@@ -86,10 +86,10 @@ _LIMITS = (
 def verdict(history: Sequence[StepReport]) -> Health:
     """Judges a run by its features, on the median of the last three measurements.
 
-    Collapsed, if a signal is past its collapse limit. Watch, if one is past its warning limit,
-    if the effective rank has lost more than half of its best, if updates are being skipped, or
-    if there are fewer than three measurements. Healthy otherwise. The loss is explained in a
-    sentence and never decides.
+    Collapsed, if a signal is past its collapse limit. Watch, if one is past its warning limit; if
+    within a stage the effective rank has lost more than half of its best, or of its start if it
+    never rose; if updates are being skipped; or if there are fewer than three measurements.
+    Healthy otherwise. The loss is explained in a sentence and never decides.
 
     Args:
         history: Steps in order; those without `health` count for the loss alone.
@@ -132,20 +132,42 @@ def _broken_limits(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
 
 
 def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
-    ranks = _series(measured, "effective_rank")
+    # Another stage has other clips, and often another number of them: ranks do not compare.
+    stage = measured[-1].stage
+    ranks = _series([report for report in measured if report.stage == stage], "effective_rank")
     smooth = [statistics.median(ranks[i : i + _SMOOTH]) for i in range(len(ranks) - _SMOOTH + 1)]
-    # The untrained start is left out: random features have a high rank that means nothing.
-    best = max(smooth[1:], default=0.0)
-    if not smooth or smooth[-1] >= best / 2:
+    if not smooth:
         return []
-    return [
-        (
-            "watch",
-            f"The effective rank fell to {smooth[-1]:.1f} from a best of {best:.1f}: part of what "
-            "was learned is being given up. If it goes on, resume from an earlier checkpoint with "
-            "a lower learning rate or a higher teacher momentum.",
-        )
-    ]
+    best, last = _best_since_turn(smooth), smooth[-1]
+    if best is not None and last < best / 2:
+        return [
+            (
+                "watch",
+                f"The effective rank fell to {last:.1f} from a best of {best:.1f}: part of what "
+                "was learned is being given up. If it goes on, resume from an earlier checkpoint "
+                "with a lower learning rate or a higher teacher momentum.",
+            )
+        ]
+    if best is None and last < smooth[0] / 2:
+        return [
+            (
+                "watch",
+                f"The effective rank has only fallen so far, from {smooth[0]:.1f} to {last:.1f}. "
+                "Untrained features have a high rank that means nothing, so a fall at the start is "
+                "usual; it should turn and rise.",
+            )
+        ]
+    return []
+
+
+def _best_since_turn(smooth: Sequence[float]) -> float | None:
+    """The highest rank since it first rose by a seventh from a low; None while it only falls."""
+    low, best = smooth[0], None
+    for value in smooth[1:]:
+        low = min(low, value)
+        if best is not None or value > 1.15 * low:
+            best = max(best or value, value)
+    return best
 
 
 def _skipped(history: Sequence[StepReport]) -> list[tuple[State, str]]:
