@@ -136,7 +136,7 @@ def test_a_rank_that_has_only_fallen_from_its_untrained_start_is_to_be_watched()
 
 
 def test_a_rank_that_drops_with_a_new_stage_is_not_held_against_the_run():
-    reports = history(falling(80), [20, 20, 22, 22, 6, 6, 7, 7])
+    reports = history(falling(80), [10, 20, 26, 26, 6, 6, 7, 7])
     staged = [replace(report, stage=report.step // 41) for report in reports]
     assert verdict(reports).state == "watch"
     assert verdict(staged).state == "healthy"
