@@ -48,16 +48,16 @@ def test_tokens_equal_a_direct_call_of_the_encoder_segments_joined_along_time(sq
     found = torch.from_numpy(features.tokens_NVND[0, 0].astype(np.float32))
     torch.testing.assert_close(found, tokens_ND, atol=2e-3, rtol=2e-3)  # kept in fp16
     steps_PD = tokens_ND.unflatten(0, (4, -1)).mean(dim=1)  # 2 segments of 2 time steps
-    torch.testing.assert_close(torch.tensor(features.steps_NVPD[0, 0]), steps_PD)
+    torch.testing.assert_close(torch.tensor(features.steps_NVPCD[0, 0, :, 0]), steps_PD)
     pooled_F = features.pooled("clip")[0, 0]
     torch.testing.assert_close(pooled_F, tokens_ND.mean(dim=0), atol=1e-5, rtol=1e-5)
 
 
 def test_pooling_over_time_cannot_tell_order_and_joined_steps_can(squares, tmp_path):
     features = _extract(ssv2_task(squares), tmp_path, "validation", num_views=3)
-    steps = np.array(features.steps_NVPD)
+    steps = np.array(features.steps_NVPCD)
     reverse = type(features)(
-        steps_NVPD=steps[:, :, ::-1],
+        steps_NVPCD=steps[:, :, ::-1],
         tokens_NVND=None,
         labels_N=features.labels_N,
         faults=(),
@@ -66,6 +66,22 @@ def test_pooling_over_time_cannot_tell_order_and_joined_steps_can(squares, tmp_p
     torch.testing.assert_close(features.pooled("clip"), reverse.pooled("clip"))
     assert not torch.allclose(features.pooled("time"), reverse.pooled("time"))
     assert features.pooled("time").shape == (6, 3, 4 * 48)
+
+
+def test_cells_keep_the_places_that_their_mean_forgets(squares, tmp_path):
+    task = ssv2_task(squares)
+    task = task.model_copy(update={"clip": task.clip.model_copy(update={"cells": 2})})
+    features = _extract(task, tmp_path, "validation", num_views=3)
+    tokens_ND = torch.from_numpy(features.tokens_NVND[0, 0].astype(np.float32))
+    side = round((tokens_ND.shape[0] // 4) ** 0.5)
+    places = tokens_ND.unflatten(0, (4, side, side))
+    half = side // 2
+    lower_left = places[:, half:, :half].mean(dim=(1, 2))  # cell 2 of 0 … 3, row by row
+    found = torch.tensor(np.array(features.steps_NVPCD[0, 0, :, 2]))
+    torch.testing.assert_close(found, lower_left, atol=2e-3, rtol=2e-3)
+    assert features.pooled("cells").shape == (6, 3, 4 * 4 * 48)
+    steps = torch.tensor(np.array(features.steps_NVPCD)).mean(dim=3).flatten(2)
+    torch.testing.assert_close(features.pooled("time"), steps)
 
 
 def test_place_in_the_tokens_tells_directions_apart_only_if_time_steps_are_kept(tmp_path):
@@ -123,11 +139,11 @@ def test_features_belong_to_encoder_clip_and_videos(squares, tmp_path):
 def test_a_damaged_cache_is_encoded_again(squares, tmp_path):
     task = ssv2_task(squares)
     asked = _asked(task)
-    whole = np.array(extract(asked, tmp_path, _silent).steps_NVPD)  # a copy: the file is cut
+    whole = np.array(extract(asked, tmp_path, _silent).steps_NVPCD)  # a copy: the file is cut
     (tmp_path / asked.key() / "steps.npy").write_bytes(b"\x93NUMPY garbage")
     again = extract(asked, tmp_path, _silent)
     assert not again.from_cache
-    np.testing.assert_array_equal(again.steps_NVPD, whole)
+    np.testing.assert_array_equal(again.steps_NVPCD, whole)
     assert extract(asked, tmp_path, _silent).from_cache
 
 

@@ -19,7 +19,7 @@ from pipeline.probe.features import Features, LiveInputs, num_tokens, step_means
 from pipeline.probe.frozen import FrozenEncoder
 from pipeline.probe.tasks import Augmentation, TaskConfig
 
-_FORMAT = 1  # raised when the same inputs would give other files
+_FORMAT = 2  # raised when the same inputs would give other files
 _META, _STEPS, _TOKENS, _LABELS = "features.json", "steps.npy", "tokens.npy", "labels.npy"
 _GIB = 2**30
 
@@ -110,19 +110,20 @@ def prune(cache: Path, limit_gib: float) -> None:
 def _write(folder: Path, asked: Extraction, report: Callable[[int, int], None]) -> None:
     """Encodes every video of the split in order; bad ones are left out and named."""
     encoder, total = asked.encoder, len(asked.split.videos)
-    num_steps = num_tokens(encoder, asked.task.clip) // encoder.num_places
-    shape = (total, asked.num_views, num_steps, encoder.width)
+    clip, all_tokens = asked.task.clip, num_tokens(encoder, asked.task.clip)
+    num_steps = all_tokens // (encoder.grid.h * encoder.grid.w)
+    shape = (total, asked.num_views, num_steps, clip.cells**2, encoder.width)
     steps = open_memmap(folder / _STEPS, mode="w+", dtype=np.float32, shape=shape)
     tokens = None
     if asked.keep_tokens:
-        shape = (*shape[:2], num_steps * encoder.num_places, encoder.width)
+        shape = (*shape[:2], all_tokens, encoder.width)
         tokens = open_memmap(folder / _TOKENS, mode="w+", dtype=np.float16, shape=shape)
     still = asked.task.model_copy(update={"augmentation": Augmentation()})
     source = LiveInputs(encoder, asked.split, still, num_views=asked.num_views)
     labels: list[int] = []
     for batch in source.batches(torch.arange(total), asked.task.encode_batch, epoch=None):
         rows = slice(len(labels), len(labels) + len(batch.labels_B))
-        steps[rows] = step_means(encoder, batch.inputs_BV).cpu().numpy()
+        steps[rows] = step_means(encoder, batch.inputs_BV, clip.cells).cpu().numpy()
         if tokens is not None:
             tokens[rows] = batch.inputs_BV.half().cpu().numpy()
         labels += batch.labels_B.tolist()
@@ -165,7 +166,7 @@ def _open(folder: Path, asked: Extraction) -> Features | None:
         return None
     os.utime(folder / _META)
     return Features(
-        steps_NVPD=steps,
+        steps_NVPCD=steps,
         tokens_NVND=tokens,
         labels_N=torch.from_numpy(labels),
         faults=faults,

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.clip import SampleFault
 from pipeline.data.augment import normalise
@@ -21,11 +22,11 @@ from pipeline.probe.tasks import ClipConfig, Pooling, TaskConfig
 class Features:
     """Features of the usable videos of one split.
 
-    `steps_NVPD` holds the mean token of each of P time steps, fp32, and `tokens_NVND` all tokens,
-    fp16 or None if they are too many to keep; both are memory-mapped.
+    `steps_NVPCD` holds the mean token of each of C cells of each of P time steps, fp32, and
+    `tokens_NVND` all tokens, fp16 or None if they are too many to keep; both are memory-mapped.
     """
 
-    steps_NVPD: np.ndarray
+    steps_NVPCD: np.ndarray
     tokens_NVND: np.ndarray | None
     labels_N: Tensor
     faults: tuple[SampleFault, ...]
@@ -34,12 +35,15 @@ class Features:
     def pooled(self, pooling: Pooling) -> Tensor:
         """One vector per clip and view, fp32 [N, V, F].
 
-        `clip` averages the steps, F = D; `time` joins them, F = P · D. The mean over time is the
-        same for a movement and its reverse but for what single tokens hold of the direction;
-        joined steps keep the order even where the tokens do not.
+        `clip` averages everything, F = D; `time` joins the steps, F = P · D; `cells` joins steps
+        and cells, F = P · C · D. The mean over time is the same for a movement and its reverse
+        but for what single tokens hold of the direction; joined steps keep the order even where
+        the tokens do not, joined cells the place.
         """
-        steps_NVPD = torch.from_numpy(np.array(self.steps_NVPD))
-        return steps_NVPD.mean(dim=2) if pooling == "clip" else steps_NVPD.flatten(2)
+        steps_NVPCD = torch.from_numpy(np.array(self.steps_NVPCD))
+        if pooling == "clip":
+            return steps_NVPCD.mean(dim=(2, 3))
+        return (steps_NVPCD.mean(dim=3) if pooling == "time" else steps_NVPCD).flatten(2)
 
 
 class CachedInputs:
@@ -125,11 +129,18 @@ def encode(encoder: FrozenEncoder, video_BVSCTHW: Tensor, clip: ClipConfig) -> T
     return tokens.unflatten(0, video_BVSCTHW.shape[:3]).flatten(2, 3)
 
 
-def step_means(encoder: FrozenEncoder, tokens_BVND: Tensor) -> Tensor:
-    """Mean token of each time step, fp32 [B, V, P, D]; P runs over segment, layer and time."""
-    return tokens_BVND.float().unflatten(2, (-1, encoder.num_places)).mean(dim=3)
+def step_means(encoder: FrozenEncoder, tokens_BVND: Tensor, cells: int) -> Tensor:
+    """Mean token of each cell of each time step, fp32 [B, V, P, C, D].
+
+    P runs over segment, layer and time; C over `cells` bands of height, then of width.
+    """
+    grid = encoder.grid
+    tokens_BVPHWD = tokens_BVND.float().unflatten(2, (-1, grid.h, grid.w))
+    places = tokens_BVPHWD.movedim(-1, 3).flatten(0, 3)
+    means = adaptive_avg_pool2d(places.unsqueeze(1), cells).flatten(1)
+    return means.unflatten(0, tokens_BVPHWD.movedim(-1, 3).shape[:4]).transpose(-1, -2)
 
 
 def num_tokens(encoder: FrozenEncoder, clip: ClipConfig) -> int:
     """Tokens of one view of a video, N."""
-    return encoder.num_steps * encoder.num_places * clip.segments * max(1, len(clip.layers))
+    return encoder.grid.num_tokens * clip.segments * max(1, len(clip.layers))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint.load import load_encoder_state
+from pipeline.clip import Grid
 from pipeline.config.load import load_config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.attention import AttentionConfig
@@ -30,10 +31,8 @@ class FrozenEncoder:
     digest: str
     """SHA-256 over its configuration and the names, shapes and bytes of its weights."""
     width: int
-    num_steps: int
-    """Time steps of one segment."""
-    num_places: int
-    """Tokens of one time step."""
+    grid: Grid
+    """Tokens of one segment."""
     device: torch.device
     autocast: torch.dtype | None = None
 
@@ -80,8 +79,7 @@ def freeze(module: nn.Module, task: TaskConfig) -> FrozenEncoder:
         module=module.to(device).eval().requires_grad_(False),
         digest=digest,
         width=module.config.dims.width,
-        num_steps=grid.t,
-        num_places=grid.h * grid.w,
+        grid=grid,
         device=device,
         autocast=torch.bfloat16 if half else None,
     )

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import Section
 
-Pooling = Literal["clip", "time"]
+Pooling = Literal["clip", "time", "cells"]
 HeadName = Literal["attentive", "linear", "knn"]
 
 
@@ -58,6 +58,9 @@ class ClipConfig(Section):
     1 takes the centre, 3 both ends and the centre."""
     resolution: int = Field(default=256, ge=16)
     """Height and width in pixels of what the encoder sees."""
+    cells: int = Field(default=1, ge=1)
+    """Bands along height and along width in which pooled heads average tokens apart, for the
+    pooling `cells`; 3 keeps 3 × 3 places, and nine times the numbers."""
     layers: tuple[int, ...] = ()
     """Encoder layers, counted from 0, whose normalised tokens are joined; none: the last."""
 
@@ -97,7 +100,9 @@ class LinearConfig(SweepConfig):
 
     pooling: Pooling = "time"
     """`time` averages the tokens of each time step and keeps the steps apart; `clip` averages
-    over everything, which cannot tell a movement from its reverse."""
+    over everything, which cannot tell a movement from its reverse; `cells` keeps steps and the
+    places of `clip.cells` apart. Rotary positions are relative: a token hardly says where it
+    stands, so where a small encoder is to tell left from right, the head must keep the places."""
 
 
 class KnnConfig(Section):
