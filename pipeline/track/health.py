@@ -194,9 +194,10 @@ def _too_early(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
 def _healthy_sentence(measured: Sequence[StepReport]) -> str:
     parts: list[str] = []
     rank, spread = _recent(measured, "effective_rank"), _recent(measured, "feature_std")
-    first = _series(measured, "effective_rank")[0]
-    if rank is not None:
-        parts.append(f"effective rank {rank:.1f} (first measured {first:.1f})")
+    stage = [report for report in measured if report.stage == measured[-1].stage]
+    ranks = _series(stage, "effective_rank")
+    if rank is not None and ranks:
+        parts.append(f"effective rank {rank:.1f} ({ranks[0]:.1f} at the start of this stage)")
     if spread is not None:
         parts.append(f"spread {spread:.2f}")
     return f"The features stay diverse: {', '.join(parts)}."

@@ -1,5 +1,6 @@
 """How busy the machine is: processor, memory, network, GPUs, under the names MLflow shows."""
 
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -41,19 +42,19 @@ class SystemSampler:
         nvml = self._nvml
         if nvml is None:
             return {}
-        try:
+        values: dict[str, float] = {}
+        # One by one: a GPU cut into MIG instances, say, tells its memory but not its use.
+        with suppress(nvml.NVMLError):
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            return {
-                f"gpu_{index}_memory_usage_megabytes": memory.used / 1e6,
-                f"gpu_{index}_memory_usage_percentage": 100 * memory.used / memory.total,
-                f"gpu_{index}_utilization_percentage": float(
-                    nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-                ),
-                f"gpu_{index}_power_usage_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            }
-        except nvml.NVMLError:
-            # A GPU that has fallen off the bus has no figures; the run's own errors will say so.
-            return {}
+            values[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
+            values[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
+        with suppress(nvml.NVMLError):
+            use = nvml.nvmlDeviceGetUtilizationRates(handle)
+            values[f"gpu_{index}_utilization_percentage"] = float(use.gpu)
+        with suppress(nvml.NVMLError):
+            watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+            values[f"gpu_{index}_power_usage_watts"] = watts
+        return values
 
 
 def _nvml() -> ModuleType | None:
