@@ -83,7 +83,7 @@ def test_switched_off_authentication_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_machine_without_ray_is_told_what_to_install() -> None:
     without = "import sys; sys.modules['ray'] = None\n"
-    answer = run(without + JOIN.replace("error)", "error.remedy)"), "x:1")
+    answer = run(without + JOIN.replace(", error)", ", error.remedy)"), "x:1")
     assert answer == "UsageError pip install 'jepa-pipeline[train]'"
 
 
