@@ -5,7 +5,6 @@ is trained on two ranks, stopped by SIGTERM and resumed, its encoder probed besi
 start, and the report written. Every command is printed before it is run.
 """
 
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.commands import command, jepa, make_dataset, probe_words, say
 from pipeline.errors import ExitCode
 from pipeline.track.metrics import read_metrics
 
@@ -20,7 +20,7 @@ CONFIG = "pipeline/configs/demo.yaml"
 RUN = Path("runs/demo")
 DATA = Path("runs/demo-data")
 # In the middle of the second stage: the resume goes on at another clip length than the start's.
-STOP_AT_STEP = 160
+STOP_AT_STEP = 300
 _STOP_LIMIT_SECONDS = 600.0
 
 
@@ -29,44 +29,35 @@ def main() -> int:
     begin = time.monotonic()
     # A demo starts from nothing; the videos and shards of an earlier one are found and kept.
     shutil.rmtree(RUN, ignore_errors=True)
-    videos = DATA / "videos"
-    _jepa(f"prep synthetic {videos} --videos 600 --validation 240 --test 12 --size 64")
-    _jepa(f"prep run {videos}/videos tests/data/videos --out {DATA}/shards --short-side 64")
-    _jepa(f"plan {CONFIG} --gpus 2")
+    make_dataset(DATA, num_unlabelled=720, num_train=720, num_validation=480)
+    jepa(f"plan {CONFIG} --gpus 2")
     _train_and_stop()
-    _jepa(f"status {RUN}")
-    _jepa(f"ckpt verify {RUN}")
-    _jepa(f"resume {RUN}")
-    task = f"data.videos={videos}/videos data.annotations={videos}/labels"
-    _jepa(f"probe {RUN} --steps 0,last --task synthetic --seeds 3 {task}")
-    _jepa(f"report {RUN}")
-    _say(f"Done in {time.monotonic() - begin:.0f} s. The report:")
-    _say(str(RUN / "report.html"))
+    jepa(f"status {RUN}")
+    jepa(f"ckpt verify {RUN}")
+    jepa(f"resume {RUN}")
+    jepa(f"{probe_words(RUN, DATA, '0,last')} --head linear --seeds 3")
+    jepa(f"report {RUN}")
+    say(f"Done in {time.monotonic() - begin:.0f} s. The report:")
+    say(str(RUN / "report.html"))
     return 0
-
-
-def _jepa(words: str) -> None:
-    code = subprocess.run(_command(words), check=False).returncode
-    if code != ExitCode.DONE:
-        raise SystemExit(code)
 
 
 def _train_and_stop() -> None:
     """Starts training, sends SIGTERM in the middle as a scheduler would, and expects 75."""
-    process = subprocess.Popen(_command(f"train {CONFIG} --ranks 2"))
+    process = subprocess.Popen(command(f"train {CONFIG} --ranks 2"))
     deadline = time.monotonic() + _STOP_LIMIT_SECONDS
     while process.poll() is None and _last_step() < STOP_AT_STEP:
         if time.monotonic() > deadline:
             process.terminate()
             raise SystemExit("The demo's run is far slower than it should be; it was ended.")
-        time.sleep(0.2)
-    _say(f"\n$ kill -TERM {process.pid}    # what a scheduler does before it takes the machine")
+        time.sleep(0.5)
+    say(f"\n$ kill -TERM {process.pid}    # what a scheduler does before it takes the machine")
     process.send_signal(signal.SIGTERM)
     code = process.wait()
     if code != ExitCode.SAVED_RUN_AGAIN:
-        _say(f"Expected exit code {ExitCode.SAVED_RUN_AGAIN:d} (saved, run me again), got {code}.")
+        say(f"Expected exit code {ExitCode.SAVED_RUN_AGAIN:d} (saved, run me again), got {code}.")
         raise SystemExit(code or ExitCode.BUG)
-    _say(f"exit code {code}: saved, run me again")
+    say(f"exit code {code}: saved, run me again")
 
 
 def _last_step() -> int:
@@ -74,16 +65,6 @@ def _last_step() -> int:
         return 0
     steps = read_metrics(RUN)
     return steps[-1].report.step if steps else 0
-
-
-def _command(words: str) -> list[str]:
-    _say(f"\n$ jepa {words}")
-    return [sys.executable, "-m", "pipeline.cli", *shlex.split(words)]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

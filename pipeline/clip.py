@@ -171,7 +171,8 @@ class Losses:
     total: Tensor
     terms: dict[str, Tensor]
     features_ND: Tensor | None = None
-    """A sample of the target's features, detached, from which collapse signals are taken."""
+    """The target's features at the same number of tokens of each clip, one clip after the other,
+    detached: what collapse signals are taken from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

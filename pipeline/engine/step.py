@@ -18,6 +18,9 @@ from pipeline.errors import NumericsError
 from pipeline.stages import StagePlace, accumulation, place_of_step
 from pipeline.track.signals import collapse_signals
 
+# Enough clips for a rank, few enough that measuring it costs milliseconds.
+_HEALTH_CLIPS = 64
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
@@ -50,7 +53,7 @@ def take_step(parts: Parts, step: int) -> StepResult:
     update = parts.engine.update(learning_rate, weight_decay)
     # A step that was left out must not move the teacher either.
     logged = {} if update.skipped else parts.engine.objective.after_step(progress)
-    health = _health(gradient.features, step, config.track.health_every_steps)
+    health = _health(parts, gradient.features, step)
     tokens = config.grid(place.stage.frames, place.stage.resolution).num_tokens
     report = StepReport(
         step=step,
@@ -73,8 +76,8 @@ def take_step(parts: Parts, step: int) -> StepResult:
 class _Gradient:
     word: RankWord
     faults: tuple[SampleFault, ...]
-    features: tuple[Tensor | None, int]
-    """Features of the last micro-batch, and of how many clips."""
+    features: tuple[Tensor, ...]
+    """Features [b, n, D] of each micro-batch's clips, if the objective gives any."""
 
 
 def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
@@ -82,7 +85,7 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
     waited, flops = 0.0, 0.0
     faults: list[SampleFault] = []
     sums: dict[str, Tensor] = {}
-    batch, losses = None, None
+    features: list[Tensor] = []
     for number in range(num):
         batch = next(parts.loader).to(parts.device)
         waited += parts.loader.wait_seconds
@@ -92,8 +95,8 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
             batch, progress, accumulation=num, last=number == num - 1
         )
         _add(sums, losses, num)
-    if batch is None or losses is None:
-        raise RuntimeError("a step has at least one micro-batch")
+        if losses.features_ND is not None:
+            features.append(losses.features_ND.unflatten(0, (len(batch.keys), -1)))
     word = RankWord(
         loss=sums.pop("total"),
         terms=sums,
@@ -102,8 +105,7 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
         flops=flops,
         stop=parts.stop.noted,
     )
-    features = (losses.features_ND, len(batch.keys))
-    return _Gradient(word=word, faults=tuple(faults), features=features)
+    return _Gradient(word=word, faults=tuple(faults), features=tuple(features))
 
 
 def _add(sums: dict[str, Tensor], losses: Losses, num: int) -> None:
@@ -117,13 +119,18 @@ def _flops(parts: Parts, batch: ClipBatch) -> float:
     return len(batch.keys) * parts.config.objective.training_flops(batch.grid, kept)
 
 
-def _health(features: tuple[Tensor | None, int], step: int, every: int) -> dict[str, float] | None:
-    features_ND, num_clips = features
-    if features_ND is None or (step % every and step != 1):
+def _health(parts: Parts, features: tuple[Tensor, ...], step: int) -> dict[str, float] | None:
+    if not features or (step % parts.config.track.health_every_steps and step != 1):
         return None
-    gathered = [torch.empty_like(features_ND) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, features_ND.contiguous())
-    return collapse_signals(torch.cat(gathered), num_clips=num_clips * len(gathered))
+    # The rank grows with the number of clips it is measured on: the same number in every stage,
+    # whatever its micro-batch, keeps the curve in one piece.
+    world_size = parts.launch.world_size
+    num_clips = min(parts.config.global_batch, _HEALTH_CLIPS) // world_size or 1
+    own = torch.cat(features)[:num_clips].contiguous()
+    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(gathered, own)
+    features_ND = torch.cat(gathered).flatten(0, 1)
+    return collapse_signals(features_ND, num_clips=num_clips * world_size)
 
 
 def _measured(parts: Parts, agreed: Agreement, update: Update, begin: float) -> dict:

@@ -125,5 +125,5 @@ class Objective(base.Objective):
 
 def _sample_tokens(features_BND: Tensor) -> Tensor:
     num_tokens = features_BND.shape[1]
-    stride = max(1, num_tokens // _FEATURES_PER_CLIP)
-    return features_BND[:, stride // 2 :: stride].detach().flatten(0, 1)
+    places = torch.linspace(0, num_tokens - 1, min(num_tokens, _FEATURES_PER_CLIP)).round().long()
+    return features_BND[:, places.to(features_BND.device)].detach().flatten(0, 1)
