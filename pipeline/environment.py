@@ -11,11 +11,13 @@ import random
 import re
 import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -182,6 +184,11 @@ def machine() -> dict[str, str | int | float]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def process_age_seconds() -> float:
+    """Wall time since the operating system started this process, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def git_commit(folder: Path) -> str:

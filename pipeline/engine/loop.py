@@ -15,6 +15,7 @@ from pipeline.environment import (
     choose_device,
     join_process_group,
     leave_process_group,
+    process_age_seconds,
     set_cpu_threads,
 )
 from pipeline.errors import ExitCode, StorageError
@@ -42,15 +43,19 @@ def train(
     Raises:
         JepaError: Whatever ended the run; its exit code says of what kind it is.
     """
+    ages = [process_age_seconds()]
     set_cpu_threads(launch)
     device = choose_device(launch)
     join_process_group(launch, device, timeout_seconds=config.peer_timeout_seconds)
+    ages.append(process_age_seconds())
     start = begin_again(config, launch, step) if resume else begin_fresh(config, launch)
     parts = build(config, launch, device, start)
+    ages.append(process_age_seconds())
     parts.tracker.event(
         "resume" if resume else "start",
         step=parts.first_step - 1,
         world_size=launch.world_size,
+        start_up_seconds=_phases(ages),
         ignored_saves=list(start.ignored),
         rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
     )
@@ -65,6 +70,12 @@ def train(
             raise
     _end(parts, reason)
     return ExitCode.DONE if reason is StopReason.NONE else ExitCode.SAVED_RUN_AGAIN
+
+
+def _phases(ages: list[float]) -> dict[str, float]:
+    imported, met, built = ages
+    seconds = {"imports": imported, "meeting": met - imported, "building": built - met}
+    return {phase: round(value, 2) for phase, value in seconds.items()}
 
 
 def _loop(parts: Parts) -> StopReason:
