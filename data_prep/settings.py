@@ -27,7 +27,7 @@ class PrepSettings:
     """Longer videos are cut into equal segments of at most this length."""
     min_side: int = 32
     """Videos whose shorter side has fewer pixels are refused."""
-    videos_per_shard: int = 128
+    videos_per_shard: int = 64
     """Source videos that go into one shard at most; a shard is one Ray task."""
     shard_mib: float = 256.0
     """Size of the source videos that go into one shard at most, in MiB."""

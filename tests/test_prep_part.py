@@ -6,6 +6,7 @@ The parts are prepared in this process; `test_prep_run.py` has the Ray driver ar
 import csv
 import io
 import itertools
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -213,3 +214,23 @@ def test_a_source_that_vanished_or_outlasts_its_time_is_refused_and_the_rest_goe
     hasty = PrepSettings(short_side=64, time_limit_seconds=1e-4)
     slow = run_part(tmp_path / "slow", tmp_path / "b.mp4", settings=hasty)
     assert [item.reason for item in slow.record.rejections] == ["time limit"]
+
+
+@pytest.mark.collection
+def test_the_whole_collection_is_sorted_into_good_and_bad(tmp_path: Path) -> None:
+    folder = Path(os.environ.get("JEPA_TEST_VIDEOS", "/nowhere"))
+    if not (folder / "MANIFEST.csv").exists():
+        pytest.skip("JEPA_TEST_VIDEOS does not name the collection")
+    with (folder / "MANIFEST.csv").open(encoding="utf-8", newline="") as file:
+        kinds = {row["file"]: row["kind"] for row in csv.DictReader(file)}
+    videos = [folder / name for name in kinds if not name.startswith("long_")]
+    settings = PrepSettings(short_side=64, min_seconds=0.01, min_side=16)
+    report = run_part(tmp_path / "out", *videos, settings=settings)
+    refused = {item.source: item.kept_samples for item in report.record.rejections}
+    too_small = {"-leading-dash-1x1.mp4", "one_frame.mp4"}
+    assert {name for name, kept in refused.items() if kept == 0} == too_small | {
+        name for name, kind in kinds.items() if kind == "odd-fail"
+    }
+    assert {name for name, kept in refused.items() if kept} == {
+        name for name, kind in kinds.items() if kind == "odd-partial"
+    }

@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import driver
 from data_prep.driver import Workers
+from data_prep.ledger import Ledger
+from data_prep.part import PartJob, PartReport, prepare_part
 from data_prep.prepare import PrepReport, prepare
 from data_prep.settings import PrepSettings
 from pipeline.cluster import local_ray
@@ -130,6 +133,25 @@ def test_a_source_that_kills_its_worker_twice_is_left_out_and_named(
     }  # fmt: skip
     assert {name for name in differing if name.endswith(".tar")} == {"shard-000002.tar"}
     assert len(ShardIndex.open(out)) == len(ShardIndex.open(undisturbed)) - 2
+
+
+def part_with_a_hanging_decoder(job: PartJob) -> PartReport:
+    """Where the decoder would stay for ever in one video, as no deadline between packets ends."""
+    if any(source.name == "v4.mp4" for source in job.sources) and "v4.mp4" not in job.deadly:
+        Ledger(Path(job.dataset_dir)).marker_path(job.number).write_text("v4.mp4")
+        threading.Event().wait()
+    return prepare_part(job)
+
+
+def test_a_source_at_which_the_decoder_hangs_is_left_out_and_the_rest_goes_on(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "prepare_part", part_with_a_hanging_decoder)
+    monkeypatch.setattr(driver, "_SLACK_SECONDS", 0.0)
+    settings = PrepSettings(short_side=64, videos_per_shard=3, time_limit_seconds=1.5)
+    videos = [sources / f"v{number}.mp4" for number in range(9)]
+    report = prepare(videos, tmp_path / "out", settings)
+    assert (report.rejected, report.num_samples) == ({"decoder died": 1}, 8)
 
 
 def test_a_second_run_does_only_what_is_missing_and_changes_nothing(
