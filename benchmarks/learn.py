@@ -39,7 +39,7 @@ def _long_run(ranks: int) -> None:
     shutil.rmtree(run, ignore_errors=True)
     make_dataset(data, num_unlabelled=3000, num_train=960, num_validation=480)
     jepa(f"train pipeline/configs/learn.yaml --ranks {ranks}")
-    steps = "0,800,1600,3200,4800,last"
+    steps = "0,800,1600,2400,3200,last"
     found = jepa_json(f"{probe_words(run, data, steps)} --head linear --seeds 3")
     records = found["records"]
     ends = jepa_json(f"{probe_words(run, data, '0,last')} --seeds 3")
