@@ -1,6 +1,7 @@
 """Video bytes → the frames of a clip, chosen by presentation time alone."""
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +131,13 @@ def _pick(frames: Iterator[TimedFrame], times: np.ndarray, limits: DecodeLimits)
     """Walks frames and times together; only the frames that are taken are converted to RGB."""
     pictures: _Pictures | None = None
     seconds = np.empty(len(times), dtype=np.float64)
+    latest = (times + _TIME_TOLERANCE_SECONDS).tolist()
     num_taken = 0
     current: TimedFrame | None = None
     for upcoming in itertools.chain(frames, [None]):
         end = len(times)
         if upcoming is not None:
-            end = int(np.searchsorted(times + _TIME_TOLERANCE_SECONDS, upcoming.seconds))
+            end = bisect_left(latest, upcoming.seconds)
         if current is not None and end > num_taken:
             pictures = pictures or _Pictures(len(times), current.frame, limits)
             pictures.put(slice(num_taken, end), current.frame)

@@ -86,6 +86,7 @@ class MediaReader:
             self._file.close()
             raise
         self._first_pts: int | None = None
+        self._tick_seconds = self._stream.time_base or Fraction(1, av.time_base)
 
     def __enter__(self) -> Self:
         return self
@@ -199,11 +200,11 @@ class MediaReader:
         self._stream = _video_stream(self._container, self._limits)
 
     def _target(self, seconds: float) -> int:
-        time_base = self._stream.time_base or Fraction(1, av.time_base)
-        return (self._first_pts or 0) + int(seconds / time_base)
+        return (self._first_pts or 0) + int(seconds / self._tick_seconds)
 
     def _clock(self, pts: int) -> float:
-        return float(pts * (self._stream.time_base or Fraction(1, av.time_base)))
+        # As exact as a product of fractions, at a tenth of its time; it runs for every frame.
+        return pts * self._tick_seconds.numerator / self._tick_seconds.denominator
 
 
 def _pts(frame: VideoFrame) -> int:
