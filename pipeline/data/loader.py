@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.clip import ClipBatch
 from pipeline.data import worker
+from pipeline.data.blocks import Blocks, Returns, Sent, make_flags
 from pipeline.data.clips import LoadClip, make_order, open_sources
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Collate, Plans, micro_batches
@@ -48,7 +49,10 @@ def make_loader(
     datasets = open_sources(config)
     order = make_order(config, datasets, seed)
     load_clip = LoadClip(config=config, order=order, datasets=datasets)
-    return Loader(micro_batches(plans, load_clip, collate), config, pin=pin)
+    # Per worker: those ready, the one in training, and the one before it, let go a step later.
+    in_use_WN = make_flags(config.workers, config.prefetch + 2)
+    stream = micro_batches(plans, load_clip, collate, Blocks(in_use_WN))
+    return Loader(_data_loader(stream, config, pin=pin), config, Returns(in_use_WN))
 
 
 class Loader:
@@ -59,12 +63,12 @@ class Loader:
     """
 
     def __init__(
-        self, stream: IterableDataset[ClipBatch | JepaError], config: DataConfig, *, pin: bool
+        self, data_loader: DataLoader[Sent | JepaError], config: DataConfig, returns: Returns
     ) -> None:
         self.wait_seconds = 0.0
         self._budget = ErrorBudget(config)
-        self._workers: list[Any] = []
-        self._batches: Iterator[Any] | None = iter(_data_loader(stream, config, pin=pin))
+        self._returns = returns
+        self._batches: Iterator[Any] | None = iter(data_loader)
         # A private list, but the only way to learn a worker's exit code and to end one that
         # hangs; absent without workers.
         self._workers = list(getattr(self._batches, "_workers", ()))
@@ -83,6 +87,7 @@ class Loader:
         """
         if self._batches is None:
             raise StopIteration
+        self._returns.collect()
         begin = time.monotonic()
         try:
             item = next(self._batches)
@@ -91,8 +96,9 @@ class Loader:
         self.wait_seconds = time.monotonic() - begin
         if isinstance(item, JepaError):
             raise item
-        self._budget.charge(item)
-        return item
+        batch = self._returns.receive(item)
+        self._budget.charge(batch)
+        return batch
 
     def close(self) -> None:
         """End the workers, within seconds also if one hangs."""
@@ -165,8 +171,8 @@ class ErrorBudget:
 
 
 def _data_loader(
-    stream: IterableDataset[ClipBatch | JepaError], config: DataConfig, *, pin: bool
-) -> DataLoader[ClipBatch | JepaError]:
+    stream: IterableDataset[Sent | JepaError], config: DataConfig, *, pin: bool
+) -> DataLoader[Sent | JepaError]:
     if config.workers == 0:
         return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin)
     return DataLoader(

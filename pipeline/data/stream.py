@@ -5,7 +5,7 @@ decoding, which would unpickle what a tar says is a pickle, has no part in it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -14,6 +14,7 @@ from webdataset import filters
 from webdataset.pipeline import DataPipeline
 
 from pipeline.clip import Clip, ClipBatch, MicroBatchPlan
+from pipeline.data.blocks import BlockPlace, Blocks, Sent
 from pipeline.data.clips import LoadClip
 from pipeline.data.settings import DataConfig, Source
 from pipeline.data.worker import with_deadline
@@ -26,8 +27,8 @@ Plans = Iterable[MicroBatchPlan] | Callable[[], Iterable[MicroBatchPlan]]
 
 
 def micro_batches(
-    plans: Plans, load_clip: LoadClip, collate: Collate
-) -> IterableDataset[ClipBatch | JepaError]:
+    plans: Plans, load_clip: LoadClip, collate: Collate, blocks: Blocks
+) -> IterableDataset[Sent | JepaError]:
     """The pipeline of one worker, top to bottom; it can be pickled as long as its parts can.
 
     Yields:
@@ -36,7 +37,7 @@ def micro_batches(
     """
     return DataPipeline(  # pyright: ignore[reportReturnType] - untyped; it is one
         EveryNthPlan(plans),
-        filters.map(LoadClips(load_clip)),
+        filters.map(LoadClips(load_clip, blocks)),
         filters.map(CollateClips(collate)),
         errors_as_last_item,
         Deadline(load_clip.config.worker_timeout_seconds),
@@ -45,10 +46,11 @@ def micro_batches(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedPlan:
-    """A micro-batch's plan and its clips, in the order of their positions."""
+    """A micro-batch's plan, its clips in the order of their positions, and where they lie."""
 
     plan: MicroBatchPlan
     clips: tuple[Clip, ...]
+    place: BlockPlace | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,21 @@ class EveryNthPlan:
 
 @dataclass(frozen=True, slots=True)
 class LoadClips:
-    """Fill a plan with its clips."""
+    """Fill a plan with its clips, one behind the other in the memory that is handed over."""
 
     load_clip: LoadClip
+    blocks: Blocks
 
     def __call__(self, plan: MicroBatchPlan) -> LoadedPlan:
         """Load the clip of every position of the plan."""
-        clips = tuple(self.load_clip(position, plan) for position in plan.positions)
-        return LoadedPlan(plan=plan, clips=clips)
+        shape = (plan.size, plan.frames, plan.resolution, plan.resolution, 3)
+        block = self.blocks.take(shape)
+        clips = []
+        for position, video_THWC in zip(plan.positions, block.video_BTHWC, strict=True):
+            clip = self.load_clip(position, plan)
+            video_CTHW = video_THWC.permute(3, 0, 1, 2).copy_(clip.video_CTHW)
+            clips.append(replace(clip, video_CTHW=video_CTHW))
+        return LoadedPlan(plan=plan, clips=tuple(clips), place=block.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +92,12 @@ class CollateClips:
 
     collate: Collate
 
-    def __call__(self, loaded: LoadedPlan) -> ClipBatch:
-        """One micro-batch."""
-        return self.collate(loaded.clips, loaded.plan)
+    def __call__(self, loaded: LoadedPlan) -> Sent:
+        """One micro-batch, ready to be handed over."""
+        return Sent(batch=self.collate(loaded.clips, loaded.plan), place=loaded.place)
 
 
-def errors_as_last_item(batches: Iterator[ClipBatch]) -> Iterator[ClipBatch | JepaError]:
+def errors_as_last_item(batches: Iterator[Sent]) -> Iterator[Sent | JepaError]:
     """Hand an error on as an item, so that it crosses the process border whole."""
     try:
         yield from batches
@@ -102,7 +111,7 @@ class Deadline:
 
     seconds: float
 
-    def __call__(self, batches: Iterator[ClipBatch | JepaError]) -> Iterator[ClipBatch | JepaError]:
+    def __call__(self, batches: Iterator[Sent | JepaError]) -> Iterator[Sent | JepaError]:
         """The same batches, each in time."""
         in_worker = torch.utils.data.get_worker_info() is not None
         return with_deadline(batches, self.seconds) if in_worker else batches

@@ -28,6 +28,10 @@ def collate(
 ) -> ClipBatch:
     """Stack clips of consecutive positions and draw their masks.
 
+    Videos lie in memory as [B, T, H, W, C], the order that cropping leaves them in; another one
+    would cost a tenth of a loader's time. Those that lie behind each other already, as the loader
+    puts them, are not copied.
+
     What only some sources carry: `text` is a tuple with None for clips without one, and None if
     no clip has text; `states` and `actions` are stacked only if every clip has them, else None,
     because numbers cannot be left out of a tensor. An objective that needs them says so in its
@@ -46,7 +50,7 @@ def collate(
         grid=grid,
         keys=tuple(clip.key for clip in clips),
         refs=tuple(clip.ref for clip in clips),
-        video_BCTHW=_stack(clips, "video", [clip.video_CTHW for clip in clips]),
+        video_BCTHW=_stack_videos(clips),
         times_BT=_stack(clips, "times", [clip.times for clip in clips]),
         masks=sample_masks(masks, grid, seed, positions),
         text=None if all(text is None for text in texts) else texts,
@@ -63,7 +67,34 @@ def _stack_if_all(
     return _stack(clips, name, present) if len(present) == len(tensors) else None
 
 
+def _stack_videos(clips: Sequence[Clip]) -> Tensor:
+    videos_CTHW = [clip.video_CTHW for clip in clips]
+    _check_shapes(clips, "video", videos_CTHW)
+    if _follow_one_another(videos_CTHW):
+        first = videos_CTHW[0]
+        size, stride = (len(clips), *first.shape), (first.numel(), *first.stride())
+        return first.as_strided(size, stride)
+    video_BTHWC = torch.stack([video.permute(1, 2, 3, 0) for video in videos_CTHW])
+    return video_BTHWC.permute(0, 4, 1, 2, 3)
+
+
+def _follow_one_another(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie behind each other in one piece of memory."""
+    first = tensors[0]
+    return all(
+        tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and tensor.storage_offset() == first.storage_offset() + number * first.numel()
+        and tensor.stride() == first.stride()
+        for number, tensor in enumerate(tensors)
+    )
+
+
 def _stack(clips: Sequence[Clip], name: str, tensors: Sequence[Tensor]) -> Tensor:
+    _check_shapes(clips, name, tensors)
+    return torch.stack(list(tensors))
+
+
+def _check_shapes(clips: Sequence[Clip], name: str, tensors: Sequence[Tensor]) -> None:
     for clip, tensor in zip(clips, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise DataError(
@@ -71,4 +102,3 @@ def _stack(clips: Sequence[Clip], name: str, tensors: Sequence[Tensor]) -> Tenso
                 f"{list(tensors[0].shape)} as in clip {clips[0].key} of the same micro-batch",
                 remedy="Sources of one mixture must carry states and actions of equal width.",
             )
-    return torch.stack(list(tensors))

@@ -1,0 +1,123 @@
+"""Shared memory in which workers hand micro-batches over, used again and again.
+
+A fresh shared block costs a page fault per 4 KiB, six per cent of a worker's time, so every worker
+owns a few and fills one again once the training process has let go of what it held. Neither side
+ever waits: if none is free, the worker takes fresh memory, and torch frees it after its use.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pipeline.clip import ClipBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPlace:
+    """One block: the worker that owns it, and its number there."""
+
+    worker: int
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sent:
+    """A micro-batch on its way, and the block that its video lies in, if it is one of ours."""
+
+    batch: ClipBatch
+    place: BlockPlace | None
+    copied: bool = False
+    """True once the video has left its block for page-locked memory."""
+
+    def pin_memory(self) -> "Sent":
+        """Called by torch's DataLoader in its pinning thread."""
+        return replace(self, batch=self.batch.pin_memory(), copied=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Memory for one micro-batch's video, uint8 [B, T, H, W, C]."""
+
+    video_BTHWC: Tensor
+    place: BlockPlace | None
+
+
+@dataclass(slots=True)
+class Blocks:
+    """A worker's blocks. Pickled to the workers while it still has none.
+
+    Args:
+        in_use_WN: Shared uint8 flags, one per worker and block: the worker sets one when it fills
+            the block, the training process clears it. No flag is ever set by both.
+    """
+
+    in_use_WN: Tensor
+    _storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+
+    def take(self, shape: tuple[int, ...]) -> Block:
+        """Memory for a video of `shape`: a free block, or fresh memory if there is none."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            return Block(video_BTHWC=torch.empty(shape, dtype=torch.uint8), place=None)
+        num_bytes = math.prod(shape)
+        for number, in_use in enumerate(self.in_use_WN[worker.id].tolist()):
+            if not in_use:
+                self.in_use_WN[worker.id, number] = 1
+                place = BlockPlace(worker=worker.id, number=number)
+                storage = self._storage(number, num_bytes)
+                return Block(video_BTHWC=_as_tensor(storage, shape), place=place)
+        return Block(video_BTHWC=_as_tensor(_shared(num_bytes), shape), place=None)
+
+    def _storage(self, number: int, num_bytes: int) -> torch.UntypedStorage:
+        storage = self._storages.get(number)
+        if storage is None or storage.nbytes() < num_bytes:
+            storage = self._storages[number] = _shared(num_bytes)
+        return storage
+
+
+class Returns:
+    """The training process's side: gives blocks back once nothing refers to them any more."""
+
+    def __init__(self, in_use_WN: Tensor) -> None:
+        self._in_use_WN = in_use_WN
+        self._lent: list[tuple[StorageWeakRef, BlockPlace]] = []
+
+    def receive(self, sent: Sent) -> ClipBatch:
+        """The micro-batch; from now on its block is watched."""
+        if sent.place is not None and sent.copied:
+            self._free(sent.place)
+        elif sent.place is not None:
+            storage = sent.batch.video_BCTHW.untyped_storage()
+            self._lent.append((StorageWeakRef(storage), sent.place))
+        return sent.batch
+
+    def collect(self) -> None:
+        """Free the blocks whose video is gone, views and copies that share its memory included."""
+        kept = []
+        for reference, place in self._lent:
+            if reference.expired():
+                self._free(place)
+            else:
+                kept.append((reference, place))
+        self._lent = kept
+
+    def _free(self, place: BlockPlace) -> None:
+        self._in_use_WN[place.worker, place.number] = 0
+
+
+def make_flags(num_workers: int, num_blocks: int) -> Tensor:
+    """Flags of blocks that are all free, uint8 [workers, blocks], in shared memory."""
+    return torch.zeros((num_workers, num_blocks), dtype=torch.uint8).share_memory_()
+
+
+def _shared(num_bytes: int) -> torch.UntypedStorage:
+    # As torch's default_collate; `share_memory_` would touch every page twice.
+    return torch.UntypedStorage._new_shared(num_bytes)
+
+
+def _as_tensor(storage: torch.UntypedStorage, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(0, dtype=torch.uint8)
+    return tensor.set_(storage, 0, shape)  # pyright: ignore[reportCallIssue]
