@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -108,7 +109,7 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
         # A world of one still needs a group, since ZeRO speaks through it; loopback only.
         port = free_port()
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address,
             port,
             launch.world_size,
@@ -116,7 +117,7 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
             timeout=timeout,
             wait_for_workers=False,
         )
-        group_store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", "jepa"), store)
+        group_store = dist.PrefixStore(_attempt(), store)  # pyright: ignore[reportPrivateImportUsage]
         _wait_for_all(group_store, launch, timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise PeerLostError(
@@ -258,7 +259,13 @@ def first_host(nodes: str) -> str:
     return prefix + (number or "") + (suffix or "")
 
 
-def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta) -> None:
+def _attempt() -> str:
+    # torchrun's store outlives a restart of its ranks: keys of the last attempt must not count.
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return "/".join(["jepa", *(os.environ.get(name, "") for name in names)])
+
+
+def _wait_for_all(store: Any, launch: Launch, timeout: timedelta) -> None:
     keys = [f"here/{rank}" for rank in range(launch.world_size)]
     store.set(keys[launch.rank], "1")
     try:

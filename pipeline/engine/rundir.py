@@ -134,6 +134,7 @@ def _told_by_rank_0(action: Callable[[], _T]) -> _T:
         except JepaError as error:
             outcome[0] = error
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], JepaError):
-        raise outcome[0]
-    return outcome[0]
+    result: Any = outcome[0]
+    if isinstance(result, JepaError):
+        raise result
+    return result

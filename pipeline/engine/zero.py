@@ -79,9 +79,10 @@ class ZeroEngine:
             eps=config.optimizer.eps,
             fused=device.type == "cuda",
         )
-        self._engine, *_ = deepspeed.initialize(
+        # Untyped: which of its optimisers DeepSpeed wraps ours in depends on the stage.
+        self._engine: Any = deepspeed.initialize(
             model=self._root, optimizer=optimizer, config=settings
-        )
+        )[0]
         self.objective.averages = [
             self._average(student, teacher) for student, teacher in self.objective.averaged_pairs()
         ]
@@ -168,11 +169,14 @@ class ZeroEngine:
                 numel=torch.Size(_shape(old)).numel(),
                 shape=_shape(old),
                 student_fp32=_lazily(self._fp32_piece, new),
-                storage=old.ds_tensor.data if self._stage == 3 else old.data.view(-1),
+                storage=self._storage(old),
             )
             for new, old in pairs
         ]
         return TeacherAverage(shards=shards, refresh=lambda: _refresh([old for _, old in pairs]))
+
+    def _storage(self, parameter: Any) -> Tensor:
+        return parameter.ds_tensor.data if self._stage == 3 else parameter.data.view(-1)
 
     def _fp32_piece(self, parameter: nn.Parameter) -> Tensor:
         if self._stage == 3:

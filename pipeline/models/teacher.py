@@ -62,7 +62,8 @@ class TeacherAverage:
             return
         students = [shard.student_fp32() for shard in self.shards]
         averages = [self._average[shard.name] for shard in self.shards]
-        torch._foreach_lerp_(averages, students, 1.0 - momentum)
+        # One kernel for all parameters on a GPU.
+        torch._foreach_lerp_(averages, students, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         self._publish()
 
     def pieces(self) -> dict[str, Tensor]:

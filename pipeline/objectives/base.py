@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from pipeline.models.teacher import TeacherAverage
 class ObjectiveConfig(Section):
     """Base of every objective's configuration; each narrows `kind` to a literal naming its file."""
 
-    kind: str
+    kind: Any
     """Name of the objective."""
 
     def grid(self, frames: int, resolution: int) -> Grid:
