@@ -7,12 +7,17 @@ ever waits: if none is free, the worker takes fresh memory, and torch frees it a
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipeline.clip import ClipBatch
+from pipeline.clip import ClipBatch, MaskSet
+
+# All tensors of a micro-batch but its video and its masks.
+_SMALL = ("times_BT", "states_BTS", "actions_BTA")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +36,14 @@ class Sent:
     place: BlockPlace | None
     copied: bool = False
     """True once the video has left its block for page-locked memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Small tensors travel inside the message: a file descriptor for each costs more."""
+        small = {name: getattr(self.batch, name) for name in _SMALL}
+        arrays = {name: tensor.numpy() for name, tensor in small.items() if tensor is not None}
+        masks = [(mask.context_BK.numpy(), mask.target_BK.numpy()) for mask in self.batch.masks]
+        rest = replace(self.batch, masks=(), **dict.fromkeys(_SMALL))
+        return _received, (rest, arrays, masks, self.place)
 
     def pin_memory(self) -> "Sent":
         """Called by torch's DataLoader in its pinning thread."""
@@ -106,6 +119,20 @@ class Returns:
 
     def _free(self, place: BlockPlace) -> None:
         self._in_use_WN[place.worker, place.number] = 0
+
+
+def _received(
+    rest: ClipBatch,
+    arrays: dict[str, np.ndarray],
+    masks: list[tuple[np.ndarray, np.ndarray]],
+    place: BlockPlace | None,
+) -> Sent:
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors["masks"] = tuple(
+        MaskSet(context_BK=torch.from_numpy(context), target_BK=torch.from_numpy(target))
+        for context, target in masks
+    )
+    return Sent(batch=replace(rest, **tensors), place=place)
 
 
 def make_flags(num_workers: int, num_blocks: int) -> Tensor:
