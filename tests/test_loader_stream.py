@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pipeline.clip import ClipBatch
+from pipeline.data.augment import CropSpec, crop, random_box
 from pipeline.data.clips import open_sources
+from pipeline.data.decode import decode_frames
 from pipeline.data.loader import make_loader
 from pipeline.data.settings import DataConfig, Source
 from pipeline.errors import UsageError
@@ -141,3 +143,17 @@ def test_ranges_the_wrong_way_round_are_refused():
         DataConfig(sources=(Source(path="x"),), crop_scale=(1.0, 0.3))
     with pytest.raises(ValueError, match="crop_aspect_ratio"):
         DataConfig(sources=(Source(path="x"),), crop_aspect_ratio=(1.0, 0.3))
+
+
+def test_a_clip_is_the_crop_of_whole_frames_at_its_times(sources):
+    config = DataConfig(sources=sources, workers=0)
+    datasets = open_sources(config)
+    spec = CropSpec(scale=(0.3, 1.0), aspect_ratio=(0.75, 1.35), horizontal_flip=0.5)
+    for batch in load(sources, workers=0, first_step=4, last_step=4):
+        for ref, times, video in zip(batch.refs, batch.times_BT, batch.video_BCTHW, strict=True):
+            dataset = datasets[ref.source]
+            payload = dataset.read_member(dataset.record(ref.sample))
+            whole = decode_frames(payload, times.numpy(), config.decode).frames_THWC
+            size = {"height": whole.shape[1], "width": whole.shape[2]}
+            box = random_box(spec, seed=SEED, position=ref.position, **size)
+            assert torch.equal(video, crop(whole, box, 48, antialias=False))

@@ -8,7 +8,7 @@ world size, worker count and after any restart.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -34,6 +34,17 @@ class CropBox:
     height: int
     width: int
     flip: bool
+
+    @property
+    def rows_and_columns(self) -> tuple[slice, slice]:
+        """Where the box lies, to cut it out of an array [H, W, …]."""
+        rows = slice(self.top, self.top + self.height)
+        return rows, slice(self.left, self.left + self.width)
+
+    @property
+    def inside(self) -> "CropBox":
+        """The same box, seen from a picture that was cut to it."""
+        return replace(self, top=0, left=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +89,8 @@ def random_box(spec: CropSpec, *, height: int, width: int, seed: int, position: 
 
 def crop(frames_THWC: np.ndarray, box: CropBox, resolution: int, *, antialias: bool) -> Tensor:
     """Cut `box` out of every frame and resize it, bilinear.
+
+    Frames that were cut to a box while they were decoded are given with `box.inside`.
 
     The reference resizes floats without antialiasing; on uint8 the result differs from it by
     less than one level of 255, without bias.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.clip import Clip, ClipRef, MicroBatchPlan, SampleFault
-from pipeline.data.augment import CropSpec, crop, random_box
+from pipeline.data.augment import CropBox, CropSpec, crop, random_box
 from pipeline.data.badmedia import BadMediaError, BadReason
 from pipeline.data.companions import read_companions
 from pipeline.data.decode import decode_frames
@@ -71,17 +71,22 @@ class LoadClip:
         )
 
     def _load(self, ref: ClipRef, plan: MicroBatchPlan) -> Clip:
-        dataset, seed = self.datasets[ref.source], self.order.seed
+        dataset = self.datasets[ref.source]
         record = dataset.record(ref.sample)
         payload = dataset.read_member(record, Member.VIDEO)
         times_T = self._times(record, ref.position, plan)
-        decoded = decode_frames(payload, times_T, self.config.decode)
-        height, width = decoded.frames_THWC.shape[1:3]
-        box = random_box(
-            self._crop_spec(), height=height, width=width, seed=seed, position=ref.position
-        )
+        boxes: list[CropBox] = []
+
+        def part(height: int, width: int) -> tuple[slice, slice]:
+            boxes.append(self._box(ref.position, height, width))
+            return boxes[-1].rows_and_columns
+
+        decoded = decode_frames(payload, times_T, self.config.decode, part)
         video_CTHW = crop(
-            decoded.frames_THWC, box, plan.resolution, antialias=self.config.antialias
+            decoded.frames_THWC,
+            boxes[-1].inside,
+            plan.resolution,
+            antialias=self.config.antialias,
         )
         companions = read_companions(dataset, record, decoded.times, self.config.companions)
         return Clip(
@@ -109,12 +114,13 @@ class LoadClip:
         except ValueError as error:
             raise BadMediaError(BadReason.TOO_SHORT, str(error)) from error
 
-    def _crop_spec(self) -> CropSpec:
-        return CropSpec(
+    def _box(self, position: int, height: int, width: int) -> CropBox:
+        spec = CropSpec(
             scale=self.config.crop_scale,
             aspect_ratio=self.config.crop_aspect_ratio,
             horizontal_flip=self.config.horizontal_flip,
         )
+        return random_box(spec, height=height, width=width, seed=self.order.seed, position=position)
 
     def _fault(self, ref: ClipRef, error: BadMediaError) -> SampleFault:
         dataset = self.datasets[ref.source]

@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,15 @@ __all__ = [
     "DecodedFrames",
     "MediaInfo",
     "MediaReader",
+    "PicturePart",
     "TimedFrame",
     "decode_frames",
     "probe_media",
     "to_rgb",
 ]
+
+# (height, width) as shown → rows and columns with start and stop inside the picture
+PicturePart = Callable[[int, int], tuple[slice, slice]]
 
 # Requested times come from float arithmetic on frame times; a microsecond decides nothing else.
 _TIME_TOLERANCE_SECONDS = 1e-6
@@ -77,13 +81,17 @@ class MediaInfo:
     """Why decoding stopped before the end, if it did."""
 
 
-def decode_frames(payload: bytes, times: np.ndarray, limits: DecodeLimits) -> DecodedFrames:
+def decode_frames(
+    payload: bytes, times: np.ndarray, limits: DecodeLimits, part: PicturePart | None = None
+) -> DecodedFrames:
     """For each time the last frame presented at or before it; past the end, the last frame.
 
     Args:
         payload: The video file.
         times: Ascending seconds from the video's first frame, float64 [T], T ≥ 1.
         limits: What the decode may cost.
+        part: Rows and columns to keep of a picture of some height and width; all if left out.
+            What is cut away here is never copied, a tenth of the time of a usual crop.
 
     Raises:
         BadMediaError: The video is refused or cannot be decoded as far as needed.
@@ -94,7 +102,8 @@ def decode_frames(payload: bytes, times: np.ndarray, limits: DecodeLimits) -> De
     if (np.diff(times) < 0).any():
         raise ValueError(f"times must ascend: {times}")
     with MediaReader(payload, limits) as reader:
-        return _pick(reader.frames_from(float(times[0])), times, limits)
+        frames = reader.frames_from(float(times[0]))
+        return _pick(frames, times, limits, part)
 
 
 def probe_media(
@@ -127,7 +136,12 @@ def probe_media(
         return _describe(reader, first.frame, found)
 
 
-def _pick(frames: Iterator[TimedFrame], times: np.ndarray, limits: DecodeLimits) -> DecodedFrames:
+def _pick(
+    frames: Iterator[TimedFrame],
+    times: np.ndarray,
+    limits: DecodeLimits,
+    part: PicturePart | None,
+) -> DecodedFrames:
     """Walks frames and times together; only the frames that are taken are converted to RGB."""
     pictures: _Pictures | None = None
     seconds = np.empty(len(times), dtype=np.float64)
@@ -139,7 +153,7 @@ def _pick(frames: Iterator[TimedFrame], times: np.ndarray, limits: DecodeLimits)
         if upcoming is not None:
             end = bisect_left(latest, upcoming.seconds)
         if current is not None and end > num_taken:
-            pictures = pictures or _Pictures(len(times), current.frame, limits)
+            pictures = pictures or _Pictures(len(times), current.frame, limits, part)
             pictures.put(slice(num_taken, end), current.frame)
             seconds[num_taken:end] = current.seconds
             num_taken = end
@@ -154,7 +168,9 @@ def _pick(frames: Iterator[TimedFrame], times: np.ndarray, limits: DecodeLimits)
 class _Pictures:
     """The clip's memory, sized by its first frame; later frames of another size are scaled."""
 
-    def __init__(self, num_frames: int, frame: VideoFrame, limits: DecodeLimits) -> None:
+    def __init__(
+        self, num_frames: int, frame: VideoFrame, limits: DecodeLimits, part: PicturePart | None
+    ) -> None:
         self._stored = (frame.width, frame.height)
         self._reformatter = VideoReformatter()
         num_bytes = num_frames * frame.width * frame.height * 3
@@ -164,15 +180,18 @@ class _Pictures:
                 f"{num_frames} frames of {frame.width}×{frame.height} take {num_bytes} bytes, "
                 f"the limit is {limits.max_clip_bytes}",
             )
-        shown = shown_size(frame)
-        self.frames_THWC = np.empty((num_frames, shown[1], shown[0], 3), dtype=np.uint8)
+        width, height = shown_size(frame)
+        self._shown = (height, width, 3)
+        self._part = part(height, width) if part else (slice(0, height), slice(0, width))
+        sides = [side.stop - side.start for side in self._part]
+        self.frames_THWC = np.empty((num_frames, *sides, 3), dtype=np.uint8)
 
     def put(self, where: slice, frame: VideoFrame) -> None:
         width, height = self._stored
         picture_HWC = to_rgb(frame, width=width, height=height, reformatter=self._reformatter)
-        if picture_HWC.shape != self.frames_THWC.shape[1:]:
+        if picture_HWC.shape != self._shown:
             raise BadMediaError(BadReason.UNDECODABLE, "the picture turns in the middle")
-        self.frames_THWC[where] = picture_HWC
+        self.frames_THWC[where] = picture_HWC[self._part]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
