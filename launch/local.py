@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.errors import ExitCode
 
@@ -31,11 +31,15 @@ def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
 
     Returns:
         0 or 75 if no rank failed, else the code of a rank that did: of the cause of it, if the
-        others only lost that rank.
+        others only lost that rank. 128 + n if signal n ended all of them before they began.
     """
     ranks = [_start(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
-    with _forwarding(ranks):
+    with _forwarding(ranks) as forwarded:
         _wait(ranks)
+    told = next((n for n in forwarded if all(p.returncode == -n for p in ranks)), None)
+    if told is not None:
+        # They had not begun to listen yet: nothing was saved and nothing is lost.
+        return 128 + told
     failure = _failure(ranks)
     if failure is not None:
         rank, code = failure
@@ -96,15 +100,18 @@ def _code(process: subprocess.Popen[bytes]) -> int:
 
 
 @contextlib.contextmanager
-def _forwarding(ranks: list[subprocess.Popen[bytes]]):  # noqa: ANN202 - a generator for `with`
+def _forwarding(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    forwarded: list[int] = []
+
     def forward(number: int, _frame: object) -> None:
+        forwarded.append(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

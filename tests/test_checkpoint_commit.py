@@ -175,6 +175,15 @@ def test_pruning_keeps_the_first_the_last_and_every_nth(tmp_path):
     assert removed == [1, 2, 3, 5, 6, 7]
 
 
+def test_going_on_from_an_older_step_sets_newer_ones_aside_and_keeps_them(tmp_path):
+    for step in (0, 2, 4):
+        commit(tmp_path, step)
+    names = save.set_aside_after(tmp_path, 2)
+    assert [c.step for c in layout.list_commits(tmp_path)] == [0, 2]
+    assert len(names) == 1
+    assert verify(tmp_path / "checkpoints" / names[0]) == []
+
+
 def test_asking_for_a_step_that_is_not_there_lists_those_that_are(tmp_path):
     commit(tmp_path, 1)
     commit(tmp_path, 7)

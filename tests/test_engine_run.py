@@ -124,6 +124,43 @@ def test_one_rank_without_workers_sees_the_same_losses_within_rounding(folder, w
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_torchrun_starts_the_same_run(folder, whole):
+    config = write_config(folder, "torchrun")
+    words = ["--nproc_per_node=2", "--rdzv_endpoint=127.0.0.1:0", "--rdzv_backend=c10d"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "pipeline.cli"]
+    done = subprocess.run(
+        [*command, "train", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [s.report.loss.hex() for s in read_metrics(whole)]
+    assert [s.report.loss.hex() for s in read_metrics(folder / "torchrun")] == expected
+
+
+def test_evaluators_need_neither_deepspeed_nor_ray_nor_mlflow(whole, tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('deepspeed', 'ray', 'mlflow'): sys.modules[name] = None\n"
+        "import pipeline.commands.probe\n"
+        "from pipeline.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for words in (["ckpt", "verify", whole], ["status", whole], ["report", whole, "--no-upload"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (whole / "report.html").stat().st_size > 10_000
+
+
 def test_a_run_is_never_started_over_an_existing_one(folder, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     code, output = finish(jepa("train", folder / "whole.yaml"))

@@ -63,3 +63,14 @@ def test_a_signal_reaches_every_rank(tmp_path, number):
     process.send_signal(number)
     assert process.wait(timeout=20) == 75
     assert [path.read_text() for path in sorted(tmp_path.glob("got-*"))] == [str(int(number))] * 2
+
+
+def test_a_signal_before_the_ranks_listen_is_told_as_a_shell_would(tmp_path):
+    text = "open(f'{os.path.dirname(__file__)}/ready-{rank}', 'w').close()\ntime.sleep(30)\n"
+    command = [sys.executable, "-m", "launch.local", "2", "1", *rank_program(tmp_path, text)]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM

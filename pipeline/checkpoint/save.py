@@ -102,6 +102,25 @@ def prune(run_dir: Path, config: layout.CheckpointConfig) -> list[int]:
     return removed
 
 
+def set_aside_after(run_dir: Path, step: int) -> list[str]:
+    """Renames commits newer than `step`, so that a run which goes on from there leads on alone.
+
+    They stay on disk as `aside-…`: nothing takes them for checkpoints, a person can rename them
+    back or remove them. Called by rank 0.
+
+    Returns:
+        Their new names.
+    """
+    names = []
+    for commit in layout.list_commits(run_dir):
+        if commit.step > step:
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+            target = commit.path.with_name(f"aside-{commit.path.name}-{stamp}")
+            commit.path.rename(target)
+            names.append(target.name)
+    return names
+
+
 def clear_partials(run_dir: Path) -> list[str]:
     """Removes saves that were cut short; called by rank 0 before a run goes on."""
     partials = layout.list_partials(run_dir)

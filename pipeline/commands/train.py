@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.checkpoint import layout
+from pipeline.checkpoint.load import commit_of_step
 from pipeline.commands import ConfigPath, Overrides
 from pipeline.config.load import load_config
 from pipeline.environment import Launch, free_port, prepare_libraries, read_launch
@@ -47,7 +49,7 @@ def train(
     run = load_config(config, RunConfig, overrides).config
     if dry_run:
         return _check(run, ranks or read_launch().world_size)
-    if or_resume and _has_commits(run.run_dir):
+    if or_resume and _newest_step(run.run_dir) is not None:
         return resume(run.run_dir, ranks=ranks)
     return _start(run, ranks, ["train", str(config), *overrides], resume_step=None, is_resume=False)
 
@@ -67,6 +69,13 @@ def resume(run: Path, *, step: int | None = None, ranks: int | None = None) -> E
             remedy="Give the folder that `jepa train` named, such as runs/NAME.",
         )
     config = load_config(path, RunConfig, [f"name={run.name}", f"runs_folder={run.parent}"]).config
+    if step is None and _newest_step(run) == config.num_steps:
+        Console().print(
+            f"{run} is finished: all {config.num_steps} steps are done. `jepa report {run}` shows "
+            "it; `--step N` goes on from an older checkpoint.",
+            markup=False,
+        )
+        return ExitCode.DONE
     if ranks is None:
         ranks = _saved_ranks(run, step)
     words = ["resume", str(run), *([] if step is None else ["--step", str(step)])]
@@ -128,15 +137,11 @@ def _check(config: RunConfig, world_size: int) -> ExitCode:
     return ExitCode.DONE
 
 
-def _has_commits(run_dir: Path) -> bool:
-    from pipeline.checkpoint.layout import list_commits  # noqa: PLC0415
-
-    return bool(list_commits(run_dir))
+def _newest_step(run_dir: Path) -> int | None:
+    commits = layout.list_commits(run_dir)
+    return commits[-1].step if commits else None
 
 
 def _saved_ranks(run_dir: Path, step: int | None) -> int | None:
-    from pipeline.checkpoint import layout  # noqa: PLC0415
-    from pipeline.checkpoint.load import commit_of_step  # noqa: PLC0415
-
     commits = layout.list_commits(run_dir) if step is None else [commit_of_step(run_dir, step)]
     return layout.read_manifest(commits[-1].path).world_size if commits else None

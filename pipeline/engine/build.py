@@ -50,7 +50,9 @@ class Parts:
         return self.config.run_dir
 
 
-def build(config: RunConfig, launch: Launch, device: torch.device, start: Start) -> Parts:
+def build(
+    config: RunConfig, launch: Launch, device: torch.device, start: Start, stop: StopWatch
+) -> Parts:
     """Opens the data, builds the networks and restores the commit, if there is one.
 
     Raises:
@@ -81,7 +83,7 @@ def build(config: RunConfig, launch: Launch, device: torch.device, start: Start)
         engine=engine,
         loader=loader,
         tracker=_tracker(config, launch, resume=state is not None),
-        stop=StopWatch(config.run_dir, is_main=launch.rank == 0),
+        stop=stop,
         identity=identity,
         first_step=first_step,
         faults_before=state["num_faults"] if state else 0,

@@ -9,7 +9,7 @@ from pipeline.engine.build import Parts, build, run_state
 from pipeline.engine.rundir import begin_again, begin_fresh, record_faults
 from pipeline.engine.save import write_rank_files
 from pipeline.engine.step import take_step
-from pipeline.engine.stop import StopReason
+from pipeline.engine.stop import StopReason, StopWatch
 from pipeline.environment import (
     Launch,
     choose_device,
@@ -43,24 +43,10 @@ def train(
     Raises:
         JepaError: Whatever ended the run; its exit code says of what kind it is.
     """
-    ages = [process_age_seconds()]
-    set_cpu_threads(launch)
-    device = choose_device(launch)
-    join_process_group(launch, device, timeout_seconds=config.peer_timeout_seconds)
-    ages.append(process_age_seconds())
-    start = begin_again(config, launch, step) if resume else begin_fresh(config, launch)
-    parts = build(config, launch, device, start)
-    ages.append(process_age_seconds())
-    parts.tracker.event(
-        "resume" if resume else "start",
-        step=parts.first_step - 1,
-        world_size=launch.world_size,
-        start_up_seconds=_phases(ages),
-        ignored_saves=list(start.ignored),
-        rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
-    )
-    with parts.stop.listening():
-        parts.stop.clear()
+    stop = StopWatch(config.run_dir, is_main=launch.rank == 0)
+    # From the first moment: a signal during start-up is obeyed after the first step.
+    with stop.listening():
+        parts = _start_up(config, launch, stop, resume=resume, step=step)
         try:
             reason = _loop(parts)
         except BaseException as error:
@@ -70,6 +56,29 @@ def train(
             raise
     _end(parts, reason)
     return ExitCode.DONE if reason is StopReason.NONE else ExitCode.SAVED_RUN_AGAIN
+
+
+def _start_up(
+    config: RunConfig, launch: Launch, stop: StopWatch, *, resume: bool, step: int | None
+) -> Parts:
+    ages = [process_age_seconds()]
+    set_cpu_threads(launch)
+    device = choose_device(launch)
+    join_process_group(launch, device, timeout_seconds=config.peer_timeout_seconds)
+    ages.append(process_age_seconds())
+    start = begin_again(config, launch, step) if resume else begin_fresh(config, launch)
+    stop.clear()
+    parts = build(config, launch, device, start, stop)
+    ages.append(process_age_seconds())
+    parts.tracker.event(
+        "resume" if resume else "start",
+        step=parts.first_step - 1,
+        world_size=launch.world_size,
+        start_up_seconds=_phases(ages),
+        ignored_saves=list(start.ignored),
+        rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
+    )
+    return parts
 
 
 def _phases(ages: list[float]) -> dict[str, float]:

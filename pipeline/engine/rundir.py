@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.layout import list_commits
 from pipeline.checkpoint.load import Found, find_commit
-from pipeline.checkpoint.save import clear_partials, write_atomically
+from pipeline.checkpoint.save import clear_partials, set_aside_after, write_atomically
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
 from pipeline.environment import Launch, git_commit, machine
@@ -39,7 +39,7 @@ class Start:
     found: Found | None
     """The commit to go on from, or None for a fresh run."""
     ignored: tuple[str, ...] = ()
-    """Saves that were cut short and have been removed."""
+    """Saves that were cut short and have been removed, and newer commits that were set aside."""
 
 
 def begin_fresh(config: RunConfig, launch: Launch) -> Start:
@@ -106,6 +106,7 @@ def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
             f"the folder to run {info.get('run_id')}: two runs were mixed."
         )
     ignored = clear_partials(run_dir)
+    ignored += set_aside_after(run_dir, found.commit.step)
     _note_start(run_dir, launch, found.commit.step, {})
     return Start(run_id=found.manifest.run_id, found=found, ignored=tuple(ignored))
 

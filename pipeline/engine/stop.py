@@ -68,4 +68,7 @@ class StopWatch:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self._noted is StopReason.SIGINT:
+            # Asked twice at a keyboard: whoever sits there does not want to wait for a save.
+            raise KeyboardInterrupt
         self._noted = max(self._noted, StopReason[signal.Signals(number).name])
