@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.blocks import BlockPlace, Blocks, Returns, Sent, make_flags
+from pipeline.data.blocks import BlockPlace, Returns, Sent, SharedMemory
 from pipeline.data.loader import Loader, make_loader
 from pipeline.data.settings import DataConfig, Source
 from pipeline.masks.collate import collate_plan
@@ -59,7 +59,7 @@ def test_what_is_still_referred_to_is_never_overwritten(folder, expected):
 
 
 def test_a_block_comes_back_when_the_last_view_is_gone(folder):
-    flags = make_flags(1, 2)
+    flags = SharedMemory.make(1, 2).blocks.in_use_WN
     returns = Returns(flags)
     with start(folder, workers=0) as loader:
         batch = next(loader)
@@ -75,7 +75,7 @@ def test_a_block_comes_back_when_the_last_view_is_gone(folder):
 
 
 def test_a_block_comes_back_at_once_when_its_video_was_copied_to_pinned_memory(folder):
-    flags = make_flags(1, 1)
+    flags = SharedMemory.make(1, 1).blocks.in_use_WN
     flags[0, 0] = 1
     with start(folder, workers=0) as loader:
         batch = next(loader)
@@ -84,7 +84,7 @@ def test_a_block_comes_back_at_once_when_its_video_was_copied_to_pinned_memory(f
 
 
 def test_outside_a_worker_memory_is_private():
-    block = Blocks(make_flags(1, 1)).take((1, 2, 4, 4, 3))
+    block = SharedMemory.make(1, 1).blocks.take((1, 2, 4, 4, 3))
     assert block.place is None
     assert not block.video_BTHWC.is_shared()
 

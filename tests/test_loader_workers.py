@@ -2,6 +2,7 @@
 
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.data.loader import Loader, make_loader
+from pipeline.data.loader import Loader, _worker_died, make_loader
 from pipeline.data.settings import DataConfig, Source
 from pipeline.data.worker import cause_of_death
 from pipeline.errors import DataError
@@ -101,9 +102,11 @@ def test_close_ends_a_worker_that_hangs(folder, monkeypatch):
 def test_a_killed_worker_is_an_error_that_names_the_cause_and_what_to_do(folder):
     with start(folder) as loader:
         next(loader)
-        os.kill(pids(loader)[1], signal.SIGKILL)
+        os.kill(pids(loader)[0], signal.SIGKILL)
         with pytest.raises(DataError, match=r"SIGKILL.*ran out of memory") as caught:
             list(loader)
+    # The video it was at is named: it may be the one that took the memory.
+    assert re.search(r"at clip-0000\d in .*/shard-00000\d.tar \(position \d+\)", str(caught.value))
     assert "fewer data.workers" in caught.value.remedy
 
 
@@ -138,6 +141,13 @@ def test_waiting_is_measured(folder):
 )
 def test_exit_codes_are_put_into_words(exit_code, words):
     assert words in cause_of_death(exit_code)
+
+
+def test_a_crash_is_not_taken_for_lack_of_memory():
+    crash = _worker_died([(-signal.SIGSEGV, "clip-00001 in s.tar (position 5)")])
+    assert "clip-00001" in str(crash)
+    assert "without this video" in crash.remedy
+    assert "/dev/shm" in _worker_died([(-signal.SIGBUS, "its first sample")]).remedy  # noqa: S108
 
 
 def run(folder: Path, ending: str) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ ever waits: if none is free, the worker takes fresh memory, and torch frees it a
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -91,6 +91,28 @@ class Blocks:
         return storage
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedMemory:
+    """What the training process and its workers share; pickled to each worker."""
+
+    blocks: Blocks
+    position_W: Tensor
+    """Global position that each worker is loading, int64; -1 before its first."""
+
+    @classmethod
+    def make(cls, num_workers: int, num_blocks: int) -> Self:
+        """Memory for some workers with some blocks each, all free."""
+        in_use_WN = torch.zeros((num_workers, num_blocks), dtype=torch.uint8).share_memory_()
+        position_W = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
+        return cls(blocks=Blocks(in_use_WN), position_W=position_W)
+
+    def note_position(self, position: int) -> None:
+        """Leave word of what this worker is at, for the case that it dies of it."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            self.position_W[worker.id] = position
+
+
 class Returns:
     """The training process's side: gives blocks back once nothing refers to them any more."""
 
@@ -133,11 +155,6 @@ def _received(
         for context, target in masks
     )
     return Sent(batch=replace(rest, **tensors), place=place)
-
-
-def make_flags(num_workers: int, num_blocks: int) -> Tensor:
-    """Flags of blocks that are all free, uint8 [workers, blocks], in shared memory."""
-    return torch.zeros((num_workers, num_blocks), dtype=torch.uint8).share_memory_()
 
 
 def _shared(num_bytes: int) -> torch.UntypedStorage:

@@ -70,6 +70,13 @@ class LoadClip:
             f"{last.dataset} are all bad; the last one, {last.key} in {last.shard}: {last.reason}"
         )
 
+    def describe(self, position: int) -> str:
+        """The sample at a global position, for messages."""
+        ref = clip_ref(self.order, position)
+        dataset = self.datasets[ref.source]
+        record = dataset.record(ref.sample)
+        return f"{record.key} in {dataset.shard_path(record)} (position {position})"
+
     def _load(self, ref: ClipRef, plan: MicroBatchPlan) -> Clip:
         dataset = self.datasets[ref.source]
         record = dataset.record(ref.sample)

@@ -5,17 +5,19 @@ number of them gives the same micro-batches, and a resume starts them at the nex
 """
 
 import atexit
+import multiprocessing.connection
 import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.clip import ClipBatch
 from pipeline.data import worker
-from pipeline.data.blocks import Blocks, Returns, Sent, make_flags
+from pipeline.data.blocks import Returns, Sent, SharedMemory
 from pipeline.data.clips import LoadClip, make_order, open_sources
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Collate, Plans, micro_batches
@@ -23,6 +25,7 @@ from pipeline.errors import DataError, JepaError
 
 # Workers finish the clip they are at; they hold nothing worth waiting for any longer.
 _CLOSE_SECONDS = 5.0
+_DEATH_SECONDS = 2.0
 
 
 def make_loader(
@@ -50,9 +53,9 @@ def make_loader(
     order = make_order(config, datasets, seed)
     load_clip = LoadClip(config=config, order=order, datasets=datasets)
     # Per worker: those ready, the one in training, and the one before it, let go a step later.
-    in_use_WN = make_flags(config.workers, config.prefetch + 2)
-    stream = micro_batches(plans, load_clip, collate, Blocks(in_use_WN))
-    return Loader(_data_loader(stream, config, pin=pin), config, Returns(in_use_WN))
+    memory = SharedMemory.make(config.workers, config.prefetch + 2)
+    stream = micro_batches(plans, load_clip, collate, memory)
+    return Loader(_data_loader(stream, config, pin=pin), memory, load_clip)
 
 
 class Loader:
@@ -63,11 +66,13 @@ class Loader:
     """
 
     def __init__(
-        self, data_loader: DataLoader[Sent | JepaError], config: DataConfig, returns: Returns
+        self, data_loader: DataLoader[Sent | JepaError], memory: SharedMemory, load_clip: LoadClip
     ) -> None:
         self.wait_seconds = 0.0
-        self._budget = ErrorBudget(config)
-        self._returns = returns
+        self._budget = ErrorBudget(load_clip.config)
+        self._returns = Returns(memory.blocks.in_use_WN)
+        self._position_W = memory.position_W
+        self._describe = load_clip.describe
         self._batches: Iterator[Any] | None = iter(data_loader)
         # A private list, but the only way to learn a worker's exit code and to end one that
         # hangs; absent without workers.
@@ -91,8 +96,13 @@ class Loader:
         begin = time.monotonic()
         try:
             item = next(self._batches)
-        except RuntimeError as error:
-            raise self._explained(error) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            # An OSError if the worker died while its memory was being handed over; then its exit
+            # code may not have come yet.
+            deaths = self._deaths(0.0 if isinstance(error, RuntimeError) else _DEATH_SECONDS)
+            if not deaths:
+                raise
+            raise _worker_died(deaths) from error
         self.wait_seconds = time.monotonic() - begin
         if isinstance(item, JepaError):
             raise item
@@ -128,18 +138,14 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _explained(self, error: RuntimeError) -> Exception:
-        dead = [process for process in self._workers if process.exitcode not in (None, 0)]
-        if not dead:
-            return error
-        causes = ", ".join(
-            f"worker {process.pid}: {worker.cause_of_death(process.exitcode)}" for process in dead
-        )
-        return DataError(
-            f"A loader worker died: {causes}.",
-            remedy="Free memory: fewer data.workers, a smaller data.prefetch, or a larger /dev/shm "
-            "(a container's default is 64 MiB); then resume.",
-        )
+    def _deaths(self, wait_seconds: float) -> list[tuple[int, str]]:
+        """Exit code of every worker that died, and the sample that it was at."""
+        multiprocessing.connection.wait([p.sentinel for p in self._workers], wait_seconds)
+        return [
+            (process.exitcode, self._describe(position) if position >= 0 else "its first sample")
+            for process, position in zip(self._workers, self._position_W.tolist(), strict=True)
+            if process.exitcode not in (None, 0)
+        ]
 
 
 class ErrorBudget:
@@ -173,18 +179,35 @@ class ErrorBudget:
 def _data_loader(
     stream: IterableDataset[Sent | JepaError], config: DataConfig, *, pin: bool
 ) -> DataLoader[Sent | JepaError]:
+    always: dict[str, Any] = {
+        "batch_size": None,
+        "collate_fn": _as_it_is,
+        "pin_memory": pin,
+        # It draws a seed, which must not come from the generator that weights are drawn from.
+        "generator": torch.Generator(),
+    }
     if config.workers == 0:
-        return DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin)
+        return DataLoader(stream, **always)
     return DataLoader(
         stream,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        pin_memory=pin,
+        **always,
         num_workers=config.workers,
         prefetch_factor=config.prefetch,
         multiprocessing_context=worker.start_server(),
         worker_init_fn=worker.begin,
     )
+
+
+def _worker_died(deaths: list[tuple[int, str]]) -> DataError:
+    causes = "; ".join(f"{worker.cause_of_death(code)}, at {sample}" for code, sample in deaths)
+    if any(code in worker.OUT_OF_MEMORY for code, _ in deaths):
+        remedy = (
+            "Use fewer data.workers, a smaller data.prefetch or a larger /dev/shm (a container's "
+            "default is 64 MiB), then resume."
+        )
+    else:
+        remedy = "Resume; if it dies there again, prepare the dataset without this video."
+    return DataError(f"A loader worker died: {causes}.", remedy=remedy)
 
 
 def _as_it_is(item: Any) -> Any:

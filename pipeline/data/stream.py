@@ -14,7 +14,7 @@ from webdataset import filters
 from webdataset.pipeline import DataPipeline
 
 from pipeline.clip import Clip, ClipBatch, MicroBatchPlan
-from pipeline.data.blocks import BlockPlace, Blocks, Sent
+from pipeline.data.blocks import BlockPlace, Sent, SharedMemory
 from pipeline.data.clips import LoadClip
 from pipeline.data.settings import DataConfig, Source
 from pipeline.data.worker import with_deadline
@@ -27,7 +27,7 @@ Plans = Iterable[MicroBatchPlan] | Callable[[], Iterable[MicroBatchPlan]]
 
 
 def micro_batches(
-    plans: Plans, load_clip: LoadClip, collate: Collate, blocks: Blocks
+    plans: Plans, load_clip: LoadClip, collate: Collate, memory: SharedMemory
 ) -> IterableDataset[Sent | JepaError]:
     """The pipeline of one worker, top to bottom; it can be pickled as long as its parts can.
 
@@ -37,7 +37,7 @@ def micro_batches(
     """
     return DataPipeline(  # pyright: ignore[reportReturnType] - untyped; it is one
         EveryNthPlan(plans),
-        filters.map(LoadClips(load_clip, blocks)),
+        filters.map(LoadClips(load_clip, memory)),
         filters.map(CollateClips(collate)),
         errors_as_last_item,
         Deadline(load_clip.config.worker_timeout_seconds),
@@ -72,14 +72,15 @@ class LoadClips:
     """Fill a plan with its clips, one behind the other in the memory that is handed over."""
 
     load_clip: LoadClip
-    blocks: Blocks
+    memory: SharedMemory
 
     def __call__(self, plan: MicroBatchPlan) -> LoadedPlan:
         """Load the clip of every position of the plan."""
         shape = (plan.size, plan.frames, plan.resolution, plan.resolution, 3)
-        block = self.blocks.take(shape)
+        block = self.memory.blocks.take(shape)
         clips = []
         for position, video_THWC in zip(plan.positions, block.video_BTHWC, strict=True):
+            self.memory.note_position(position)
             clip = self.load_clip(position, plan)
             video_CTHW = video_THWC.permute(3, 0, 1, 2).copy_(clip.video_CTHW)
             clips.append(replace(clip, video_CTHW=video_CTHW))

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+# Exit codes of a worker that the machine or the container had no memory left for.
+OUT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGBUS)
 # Slurm, Kubernetes and terminals signal whole process groups. The training process alone decides
 # what a signal means, and it needs its workers until the last step is saved.
 _SIGNALS_OF_THE_TRAINER = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -68,12 +70,12 @@ def with_deadline(items: Iterable[Item], seconds: float) -> Iterator[Item]:
 def cause_of_death(exit_code: int | None) -> str:
     """What an exit code says about a worker that ended unexpectedly."""
     if exit_code == -signal.SIGKILL:
-        return "killed (SIGKILL), most likely because the machine or container ran out of memory"
+        return "killed by SIGKILL (the machine or container most likely ran out of memory)"
     if exit_code == -signal.SIGBUS:
-        return "bus error (SIGBUS): no space left in shared memory, /dev/shm"
+        return "killed by SIGBUS (no space left in shared memory, /dev/shm)"
     if exit_code is not None and exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
-    return f"exit code {exit_code}; its last words are in the log above"
+    return f"exit code {exit_code} (its last words are in the log above)"
 
 
 def _die_with(trainer: BaseProcess) -> None:
