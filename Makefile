@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test test-slow check fix learn bench constraints clean
+.PHONY: setup demo test test-slow check fix learn constraints clean
 
 setup: $(STAMP)
 
@@ -44,5 +44,6 @@ learn: setup
 constraints:
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
+# Caches and what the demo and the benchmarks made; never your runs or data.
 clean:
-	rm -rf runs data .pytest_cache .ruff_cache
+	rm -rf runs/demo runs/demo-data runs/demo-seed-* runs/learn runs/learn-data .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from pipeline.errors import ExitCode
 
 # A rank that lost a peer notices within seconds; one that does not is stuck in a collective.
 _GRACE_SECONDS = 20.0
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
@@ -33,8 +33,12 @@ def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
         0 or 75 if no rank failed, else the code of a rank that did: of the cause of it, if the
         others only lost that rank. 128 + n if signal n ended all of them before they began.
     """
-    ranks = [_start(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    ranks: list[subprocess.Popen[bytes]] = []
     with _forwarding(ranks) as forwarded:
+        # One by one into the list that signals are passed on to, so that none is left out.
+        ranks.extend(_start(arguments, rank, num_ranks, port) for rank in range(num_ranks))
+        for number in forwarded:  # came while they were being started
+            _send(ranks, number)
         _wait(ranks)
     told = next((n for n in forwarded if all(p.returncode == -n for p in ranks)), None)
     if told is not None:
@@ -43,7 +47,9 @@ def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
     failure = _failure(ranks)
     if failure is not None:
         rank, code = failure
-        print(f"rank {rank} ended with exit code {code}", file=sys.stderr)  # noqa: T201 - a launcher's word
+        status = ranks[rank].returncode
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+        print(f"rank {rank} {how}", file=sys.stderr)  # noqa: T201 - a launcher's word
         return code
     return max(_code(process) for process in ranks)
 
@@ -87,7 +93,7 @@ def _failure(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
     ended = [(n, _code(process)) for n, process in enumerate(ranks) if process.poll() is not None]
     failed = [(rank, code) for rank, code in ended if code not in fine]
     # A peer-lost code is an echo of another rank's failure: the cause goes first.
-    failed.sort(key=lambda pair: pair[1] == ExitCode.PEER_LOST)
+    failed.sort(key=lambda pair: ranks[pair[0]].returncode == ExitCode.PEER_LOST)
     return failed[0] if failed else None
 
 
@@ -99,15 +105,21 @@ def _code(process: subprocess.Popen[bytes]) -> int:
     return ExitCode.PEER_LOST
 
 
+def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
 @contextlib.contextmanager
 def _forwarding(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     forwarded: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
+        # A closed terminal hangs up; for a run that is a request to save and stop.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         forwarded.append(number)
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+        _send(ranks, number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:

@@ -81,10 +81,14 @@ def choose_device(launch: Launch) -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if launch.local_rank >= torch.cuda.device_count():
+    num_visible = torch.cuda.device_count()
+    if launch.launcher == "srun" and num_visible == 1:
+        # srun can show every task its own GPU only, which is then number 0 to each of them.
+        torch.cuda.set_device(0)
+        return torch.device("cuda", 0)
+    if launch.local_rank >= num_visible:
         raise UsageError(
-            f"Local rank {launch.local_rank} has no GPU: this node shows "
-            f"{torch.cuda.device_count()} of them.",
+            f"Local rank {launch.local_rank} has no GPU: this node shows {num_visible} of them.",
             remedy="Start one rank per visible GPU.",
         )
     device = torch.device("cuda", launch.local_rank)
@@ -128,7 +132,7 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
     # DeepSpeed reads these of torchrun's variables itself, whoever started us.
     os.environ.update(
         RANK=str(launch.rank),
-        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_RANK=str(launch.local_rank if device.index is None else device.index),
         WORLD_SIZE=str(launch.world_size),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),

@@ -85,7 +85,10 @@ class NumericsError(JepaError):
     """Loss or gradients are not finite too often to go on."""
 
     exit_code = ExitCode.NUMERICS
-    remedy = "Lower the learning rate or resume from an older step: `jepa ckpt ls RUN`."
+    remedy = (
+        "Lower the learning rate in RUN/config.yaml, then `jepa resume RUN --step N` from a step "
+        "before the trouble: `jepa ckpt ls RUN` lists them."
+    )
 
 
 class NoProgressError(JepaError):

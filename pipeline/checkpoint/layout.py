@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000400/              a commit: whole, or it would not have this name
     manifest.json                           every file with size and SHA-256; written last
-    state.json                              step, data cursor, schedule values, groups, counters
+    state.json                              step, data identity, parameter groups, counters
     weights-rank00000.safetensors           this rank's fp32 pieces of all weights and averages
     rng-rank00000.safetensors               this rank's random generators
     deepspeed/…                             optimiser state as DeepSpeed writes it

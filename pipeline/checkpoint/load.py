@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import Commit, Manifest
 from pipeline.checkpoint.save import sha256_of
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StorageError
 
 # Which prefix of the weights file is meant by the words that people use.
 _PREFIX = {"teacher": "teacher.", "student": "encoder.", "predictor": "predictor."}
@@ -80,11 +80,23 @@ def commit_of_step(run_dir: Path, step: int) -> Commit:
 
 
 def verify(commit_dir: Path) -> list[str]:
-    """What is wrong with a commit: one line a problem, none if every byte is as it was written."""
+    """What is wrong with a commit: one line a problem, none if every byte is as it was written.
+
+    Raises:
+        StorageError: The file system refuses to read.
+    """
     try:
         manifest = layout.read_manifest(commit_dir)
     except CheckpointError as error:
         return [str(error)]
+    try:
+        return [*_differences(commit_dir, manifest), *_extra(commit_dir, manifest)]
+    except OSError as error:
+        # Not the same as damage: going back to an older commit would lose work for nothing.
+        raise StorageError(f"Cannot read {error.filename}: {error.strerror or error}") from error
+
+
+def _differences(commit_dir: Path, manifest: Manifest) -> list[str]:
     problems = []
     for entry in manifest.files:
         path = commit_dir / entry.path
@@ -95,9 +107,7 @@ def verify(commit_dir: Path) -> list[str]:
             problems.append(f"file {entry.path} has {size} bytes, expected {entry.num_bytes}")
         elif sha256_of(path) != entry.sha256:
             problems.append(f"file {entry.path}: its digest differs, its content was changed")
-    return problems + [
-        f"file {name} is not in the manifest" for name in _extra(commit_dir, manifest)
-    ]
+    return problems
 
 
 def read_state(commit_dir: Path) -> dict[str, Any]:
@@ -163,4 +173,5 @@ def _whole(pieces: list[Tensor], shape: list[int]) -> Tensor:
 def _extra(commit_dir: Path, manifest: Manifest) -> list[str]:
     known = {entry.path for entry in manifest.files} | {layout.MANIFEST}
     there = (path for path in commit_dir.rglob("*") if path.is_file())
-    return sorted({path.relative_to(commit_dir).as_posix() for path in there} - known)
+    names = sorted({path.relative_to(commit_dir).as_posix() for path in there} - known)
+    return [f"file {name} is not in the manifest" for name in names]

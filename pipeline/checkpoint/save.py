@@ -5,6 +5,7 @@ all ranks have, rank 0 writes the manifest, renames the folder and only then mov
 kill at any moment leaves the previous commit as it was.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -55,7 +56,7 @@ def save(request: SaveRequest) -> SaveResult:
     folder = layout.checkpoints_dir(request.run_dir)
     final = folder / layout.commit_name(request.step)
     partial = folder / f"{final.name}.partial-{request.run_id}"
-    problem = _on_rank_0(lambda: _prepare(partial))
+    problem = _on_rank_0(lambda: _prepare(partial, _world_size()))
     if problem is not None:
         return SaveResult(step=request.step, failure=problem)
     entries, problem = _write_own(request, partial)
@@ -79,6 +80,8 @@ def save(request: SaveRequest) -> SaveResult:
         files=tuple(files[path] for path in sorted(files)),
     )
     problem = _on_rank_0(lambda: _publish(partial, final, manifest))
+    if problem is not None:
+        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
     num_bytes = sum(entry.num_bytes for entry in manifest.files)
     return SaveResult(step=request.step, failure=problem, num_bytes=num_bytes)
 
@@ -158,16 +161,16 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prepare(partial: Path) -> None:
+def _prepare(partial: Path, world_size: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for rank in range(world_size):
+        _own_folder(partial, rank).mkdir(parents=True)
 
 
 def _write_own(request: SaveRequest, partial: Path) -> tuple[list[FileEntry], str | None]:
     # Ranks write into folders of their own first: only so does each know which files are its.
-    own = _own_folder(partial)
+    own = _own_folder(partial, _rank())
     try:
-        own.mkdir()
         request.write(own)
         return [_entry(path, own) for path in _files(own)], None
     except (OSError, RuntimeError) as error:
@@ -176,7 +179,7 @@ def _write_own(request: SaveRequest, partial: Path) -> tuple[list[FileEntry], st
 
 
 def _move_up(partial: Path, entries: list[FileEntry]) -> str | None:
-    own = _own_folder(partial)
+    own = _own_folder(partial, _rank())
     try:
         for entry in entries:
             target = partial / entry.path
@@ -188,8 +191,8 @@ def _move_up(partial: Path, entries: list[FileEntry]) -> str | None:
     return None
 
 
-def _own_folder(partial: Path) -> Path:
-    return partial / f"rank-{_rank()}"
+def _own_folder(partial: Path, rank: int) -> Path:
+    return partial / f"rank-{rank}"
 
 
 def _reason(error: OSError | RuntimeError, partial: Path) -> str:
@@ -217,21 +220,19 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
     for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
         sync_folder(folder)
     write_atomically(partial / layout.MANIFEST, manifest.to_json())
-    if final.exists():
-        # Saved before by this run, when it went on from an older step: the new one replaces it.
-        old = final.with_name(f"{final.name}.partial-replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(final)
+    partial.rename(final)
     sync_folder(final.parent)
-    write_atomically(final.parent / layout.LATEST, final.name + "\n")
+    # A hint only: the commit stands without it.
+    with contextlib.suppress(OSError):
+        write_atomically(final.parent / layout.LATEST, final.name + "\n")
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _gather(value: Any) -> list[Any]:

@@ -22,8 +22,9 @@ def ls(run: Path, *, json: JsonFlag = False) -> None:
     _must_be_run(run)
     rows = [_row(commit) for commit in layout.list_commits(run)]
     partials = [path.name for path in layout.list_partials(run)]
+    aside = [path.name for path in sorted(layout.checkpoints_dir(run).glob("aside-*"))]
     if json:
-        print_json({"checkpoints": rows, "cut_short": partials})
+        print_json({"checkpoints": rows, "cut_short": partials, "aside": aside})
         return
     table = Table(box=None, header_style="bold")
     for heading in ("step", "saved (UTC)", "ranks", "files", "MiB", "folder"):
@@ -46,6 +47,8 @@ def ls(run: Path, *, json: JsonFlag = False) -> None:
         console.print(
             f"{name}: a save that was cut short; it is ignored and goes at the next resume."
         )
+    for name in aside:
+        console.print(f"{name}: set aside when the run went on from an older step.")
 
 
 def verify_(run: Path, *, step: int | None = None, json: JsonFlag = False) -> ExitCode:
@@ -77,7 +80,11 @@ def verify_(run: Path, *, step: int | None = None, json: JsonFlag = False) -> Ex
 
 
 def _row(commit: layout.Commit) -> dict[str, Any]:
-    manifest = layout.read_manifest(commit.path)
+    try:
+        manifest = layout.read_manifest(commit.path)
+    except CheckpointError:
+        missing = {"created": "damaged", "world_size": "?", "files": 0, "bytes": 0}
+        return {"step": commit.step, **missing, "path": str(commit.path)}
     return {
         "step": commit.step,
         "created": manifest.created,

@@ -1,5 +1,6 @@
 """`jepa train` and `jepa resume`."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.load import commit_of_step
+from pipeline.checkpoint.load import commit_of_step, verify
 from pipeline.commands import ConfigPath, Overrides
 from pipeline.config.load import load_config
+from pipeline.config.report import changes
 from pipeline.environment import Launch, free_port, prepare_libraries, read_launch
-from pipeline.errors import CheckpointError, ExitCode, PeerLostError, UsageError
+from pipeline.errors import CheckpointError, ConfigError, ExitCode, PeerLostError, UsageError
 from pipeline.run import RunConfig
 from pipeline.track.folder import CONFIG_FILE
 
@@ -49,7 +51,8 @@ def train(
     run = load_config(config, RunConfig, overrides).config
     if dry_run:
         return _check(run, ranks or read_launch().world_size)
-    if or_resume and _newest_step(run.run_dir) is not None:
+    if or_resume and layout.list_commits(run.run_dir):
+        _must_be_same(run)
         return resume(run.run_dir, ranks=ranks)
     return _start(run, ranks, ["train", str(config), *overrides], resume_step=None, is_resume=False)
 
@@ -68,15 +71,18 @@ def resume(run: Path, *, step: int | None = None, ranks: int | None = None) -> E
             f"{run} is not the folder of a run: it has no {CONFIG_FILE}.",
             remedy="Give the folder that `jepa train` named, such as runs/NAME.",
         )
-    config = load_config(path, RunConfig, [f"name={run.name}", f"runs_folder={run.parent}"]).config
-    if step is None and _newest_step(run) == config.num_steps:
+    run = run.resolve()  # `.` has a name too
+    # The folder may have been moved or renamed since it was made.
+    moved = {"name": run.name, "runs_folder": run.parent}
+    config = load_config(path, RunConfig).config.model_copy(update=moved)
+    if step is None and _is_finished(run, config):
         Console().print(
             f"{run} is finished: all {config.num_steps} steps are done. `jepa report {run}` shows "
             "it; `--step N` goes on from an older checkpoint.",
             markup=False,
         )
         return ExitCode.DONE
-    if ranks is None:
+    if ranks is None and read_launch().launcher == "alone":
         ranks = _saved_ranks(run, step)
     words = ["resume", str(run), *([] if step is None else ["--step", str(step)])]
     return _start(config, ranks, words, resume_step=step, is_resume=True)
@@ -91,6 +97,8 @@ def _start(
     is_resume: bool,
 ) -> ExitCode:
     launch = read_launch()
+    if ranks is not None and ranks < 1:
+        raise UsageError(f"expected --ranks of at least 1, got {ranks}")
     if launch.launcher == "alone" and ranks is not None and ranks > 1:
         _become_launcher(ranks, words)
     if launch.launcher != "alone" and ranks is not None and ranks != launch.world_size:
@@ -137,11 +145,28 @@ def _check(config: RunConfig, world_size: int) -> ExitCode:
     return ExitCode.DONE
 
 
-def _newest_step(run_dir: Path) -> int | None:
+def _must_be_same(config: RunConfig) -> None:
+    """`--or-resume` goes on with the stored configuration: another one must not be ignored."""
+    path = config.run_dir / CONFIG_FILE
+    stored = load_config(path, RunConfig).config
+    found = changes(stored, config)
+    if found:
+        keys = ", ".join(change.key for change in found[:10])
+        raise ConfigError(
+            f"{config.run_dir} was started with other values of: {keys}.",
+            remedy=f"Put them back, give the new run another name=…, or edit {path} on purpose.",
+        )
+
+
+def _is_finished(run_dir: Path, config: RunConfig) -> bool:
     commits = layout.list_commits(run_dir)
-    return commits[-1].step if commits else None
+    return bool(commits) and commits[-1].step == config.num_steps and not verify(commits[-1].path)
 
 
 def _saved_ranks(run_dir: Path, step: int | None) -> int | None:
     commits = layout.list_commits(run_dir) if step is None else [commit_of_step(run_dir, step)]
-    return layout.read_manifest(commits[-1].path).world_size if commits else None
+    for commit in reversed(commits):
+        # A damaged one is named when the checkpoint is looked for; an older one knows as well.
+        with contextlib.suppress(CheckpointError):
+            return layout.read_manifest(commit.path).world_size
+    return None

@@ -41,6 +41,8 @@ class Parts:
     identity: DataIdentity
     first_step: int
     """The step to take first: 1, or the one after the commit that the run goes on from."""
+    is_fresh: bool
+    """True if the run goes on from nothing."""
     faults_before: int
     """Bad samples of earlier attempts that count."""
 
@@ -86,6 +88,7 @@ def build(
         stop=stop,
         identity=identity,
         first_step=first_step,
+        is_fresh=state is None,
         faults_before=state["num_faults"] if state else 0,
     )
 

@@ -1,13 +1,11 @@
 """The loop: every effect of a step, in order, on one screen."""
 
-from importlib.metadata import version
-from time import monotonic
+from dataclasses import replace
 
-from pipeline.checkpoint import layout
-from pipeline.checkpoint.save import SaveRequest, prune, save
-from pipeline.engine.build import Parts, build, run_state
-from pipeline.engine.rundir import begin_again, begin_fresh, record_faults
-from pipeline.engine.save import write_rank_files
+from pipeline.engine.build import Parts, build
+from pipeline.engine.commit import Saver
+from pipeline.engine.guards import Guards
+from pipeline.engine.rundir import begin_again, begin_fresh, clear_the_way
 from pipeline.engine.step import take_step
 from pipeline.engine.stop import StopReason, StopWatch
 from pipeline.environment import (
@@ -18,12 +16,9 @@ from pipeline.environment import (
     process_age_seconds,
     set_cpu_threads,
 )
-from pipeline.errors import ExitCode, StorageError
+from pipeline.errors import ExitCode
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
-
-# A full disk may be emptied by others; a folder that refuses three saves in a row will not heal.
-_MAX_FAILED_SAVES = 3
 
 
 def train(
@@ -54,7 +49,8 @@ def train(
             parts.tracker.event("fault", reason=f"{type(error).__name__}: {error}")
             parts.tracker.close("failed")
             raise
-    _end(parts, reason)
+        # Still listening: a second signal must not end a run that has saved with another code.
+        _end(parts, reason)
     return ExitCode.DONE if reason is StopReason.NONE else ExitCode.SAVED_RUN_AGAIN
 
 
@@ -69,6 +65,9 @@ def _start_up(
     start = begin_again(config, launch, step) if resume else begin_fresh(config, launch)
     stop.clear()
     parts = build(config, launch, device, start, stop)
+    if launch.rank == 0 and resume:
+        # Not before everything else has been found right: a refused resume changes nothing.
+        start = replace(start, ignored=tuple(clear_the_way(config.run_dir, parts.first_step - 1)))
     ages.append(process_age_seconds())
     parts.tracker.event(
         "resume" if resume else "start",
@@ -88,64 +87,25 @@ def _phases(ages: list[float]) -> dict[str, float]:
 
 
 def _loop(parts: Parts) -> StopReason:
-    config, num_faults, failed_saves = parts.config, parts.faults_before, 0
-    if parts.first_step == 1:
+    config, saver, guards = parts.config, Saver(parts), Guards(parts)
+    if parts.is_fresh:
         # The untrained weights: what a probe compares with, and the proof that saving works.
-        failed_saves = _commit(parts, 0, num_faults, failed_saves)
+        saver.commit(0, guards.num_faults, last=True)
     for step in range(parts.first_step, config.num_steps + 1):
         place = place_of_step(config.stages, step)
         if place.step_in_stage == 1:
             parts.tracker.event("stage", step=step, stage=place.stage.name)
         result = take_step(parts, step)
         parts.tracker.log(result.report)
-        if result.report.num_faults:
-            num_faults += result.report.num_faults
-            record_faults(parts.run_dir, result.faults)
-        if result.report.skipped:
-            parts.tracker.event("skip", step=step, reason="the gradient was not finite")
+        guards.watch(result)
         stopping = result.stop is not StopReason.NONE
         stage_ends = place.step_in_stage == place.stage.steps
         if stopping or stage_ends or step % config.checkpoint.every_steps == 0:
-            failed_saves = _commit(parts, step, num_faults, failed_saves)
-            _refuse_to_lose_work(failed_saves, last=stopping or step == config.num_steps)
+            last = stopping or step == config.num_steps
+            saver.commit(step, guards.num_faults, last=last)
         if stopping and step < config.num_steps:
             return result.stop
     return StopReason.NONE
-
-
-def _commit(parts: Parts, step: int, num_faults: int, failed_saves: int) -> int:
-    """Saves; returns how many saves in a row have failed."""
-    begin = monotonic()
-    commits = layout.list_commits(parts.run_dir)
-    result = save(
-        SaveRequest(
-            run_dir=parts.run_dir,
-            run_id=parts.run_id,
-            step=step,
-            parent_step=max((c.step for c in commits if c.step < step), default=None),
-            versions={name: version(name) for name in ("jepa-pipeline", "torch", "deepspeed")},
-            write=lambda folder: write_rank_files(
-                parts.engine, folder, run_state(parts, step, num_faults)
-            ),
-        )
-    )
-    seconds = monotonic() - begin
-    if result.failure is not None:
-        parts.tracker.event("save_failed", step=step, reason=result.failure, seconds=seconds)
-        return failed_saves + 1
-    if parts.launch.rank == 0:
-        prune(parts.run_dir, parts.config.checkpoint)
-    mib = result.num_bytes / 2**20
-    parts.tracker.event("save", step=step, seconds=round(seconds, 3), mib=round(mib, 1))
-    return 0
-
-
-def _refuse_to_lose_work(failed_saves: int, *, last: bool) -> None:
-    if failed_saves >= _MAX_FAILED_SAVES or (last and failed_saves):
-        raise StorageError(
-            f"{failed_saves} saves in a row failed; `jepa status` shows why. The last whole "
-            "checkpoint stands."
-        )
 
 
 def _end(parts: Parts, reason: StopReason) -> None:

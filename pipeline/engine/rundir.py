@@ -1,11 +1,12 @@
 """A run's folder: made once, taken up again on every resume, never shared by two runs."""
 
+import fcntl
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ from pipeline.checkpoint.save import clear_partials, set_aside_after, write_atom
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
 from pipeline.environment import Launch, git_commit, machine
-from pipeline.errors import CheckpointError, JepaError, UsageError
+from pipeline.errors import CheckpointError, JepaError, StorageError, UsageError
 from pipeline.run import RunConfig
 from pipeline.track.folder import (
     CONFIG_FILE,
@@ -29,6 +30,8 @@ from pipeline.track.folder import (
 from pipeline.track.jsonl import JsonLinesWriter
 
 _T = TypeVar("_T")
+# Open until the process ends: closing a file gives up its lock.
+_held: list[IO[str]] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,15 @@ def begin_again(config: RunConfig, launch: Launch, step: int | None) -> Start:
     return _told_by_rank_0(lambda: _find(config, launch, step))
 
 
+def clear_the_way(run_dir: Path, step: int) -> list[str]:
+    """Removes saves that were cut short and sets newer commits aside; rank 0 calls it.
+
+    Returns:
+        Names of what was removed, and new names of what was set aside.
+    """
+    return clear_partials(run_dir) + set_aside_after(run_dir, step)
+
+
 def record_faults(run_dir: Path, faults: tuple[SampleFault, ...]) -> None:
     """Appends all ranks' bad samples to the quarantine file; every rank calls it."""
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -78,8 +90,14 @@ def _make_folder(config: RunConfig, launch: Launch) -> Start:
             f"{run_dir} already holds a run with checkpoints.",
             remedy=f"Continue it with `jepa resume {run_dir}`, or choose another name=…",
         )
+    if (run_dir / METRICS_FILE).exists() and (run_dir / METRICS_FILE).stat().st_size:
+        raise UsageError(
+            f"{run_dir} holds the records of a run whose checkpoints are gone.",
+            remedy="Choose another name=…, or move that folder away.",
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
-    # Without a checkpoint nothing of an earlier attempt can be continued or lost.
+    _hold(run_dir)
+    # An attempt that never took a step has left nothing to continue or to lose.
     for leftover in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE):
         (run_dir / leftover).unlink(missing_ok=True)
     write_atomically(run_dir / CONFIG_FILE, resolved_yaml(config))
@@ -91,6 +109,7 @@ def _make_folder(config: RunConfig, launch: Launch) -> Start:
 
 def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
     run_dir = config.run_dir
+    _hold(run_dir)
     found = find_commit(run_dir, step)
     saved = found.manifest.world_size
     if saved != launch.world_size:
@@ -105,10 +124,25 @@ def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
             f"{found.commit.path} belongs to run {found.manifest.run_id}, "
             f"the folder to run {info.get('run_id')}: two runs were mixed."
         )
-    ignored = clear_partials(run_dir)
-    ignored += set_aside_after(run_dir, found.commit.step)
     _note_start(run_dir, launch, found.commit.step, {})
-    return Start(run_id=found.manifest.run_id, found=found, ignored=tuple(ignored))
+    return Start(run_id=found.manifest.run_id, found=found)
+
+
+def _hold(run_dir: Path) -> None:
+    """Makes this process the run's owner until it ends, on this machine or where locks are shared.
+
+    Raises:
+        UsageError: Another job owns it.
+    """
+    lock = (run_dir / ".lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{run_dir} is in use by another job.",
+            remedy=f"See `jepa status {run_dir}`; `jepa stop {run_dir}` ends that job.",
+        ) from None
+    _held.append(lock)
 
 
 def _note_start(run_dir: Path, launch: Launch, step: int, fields: dict[str, Any]) -> None:
@@ -134,6 +168,8 @@ def _told_by_rank_0(action: Callable[[], _T]) -> _T:
             outcome[0] = action()
         except JepaError as error:
             outcome[0] = error
+        except OSError as error:
+            outcome[0] = StorageError(f"{error.filename}: {error.strerror or error}")
     dist.broadcast_object_list(outcome, src=0)
     result: Any = outcome[0]
     if isinstance(result, JepaError):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,8 +28,9 @@ def write_rank_files(engine: ZeroEngine, folder: Path, state: dict[str, Any]) ->
         state: The run's state, the same on all ranks; rank 0 writes it.
     """
     rank = dist.get_rank()
-    engine.save(folder)
+    # What ranks do together comes first: a rank that fails to write must not fail alone in there.
     pieces, shapes = engine.weights()
+    engine.save(folder)
     if engine.is_partitioned or rank == 0:
         metadata = {
             "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
@@ -36,8 +38,8 @@ def write_rank_files(engine: ZeroEngine, folder: Path, state: dict[str, Any]) ->
             "world_size": str(dist.get_world_size()),
         }
         flat = {name: piece.detach().cpu().contiguous() for name, piece in pieces.items()}
-        save_file(flat, folder / layout.weights_name(rank), metadata)
-    save_file(_generators(), folder / layout.rng_name(rank))
+        _write(flat, folder / layout.weights_name(rank), metadata)
+    _write(_generators(), folder / layout.rng_name(rank), {})
     if rank == 0:
         (folder / layout.STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
 
@@ -52,6 +54,13 @@ def read_rank_files(engine: ZeroEngine, commit_dir: Path) -> None:
     weights = load_file(commit_dir / layout.weights_name(rank if engine.is_partitioned else 0))
     engine.load(commit_dir, weights)
     _restore_generators(load_file(commit_dir / layout.rng_name(rank)))
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error
 
 
 def _generators() -> dict[str, Tensor]:

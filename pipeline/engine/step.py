@@ -47,7 +47,8 @@ def take_step(parts: Parts, step: int) -> StepResult:
     agreed = agree(gradient.word)
     if not math.isfinite(agreed.loss):
         raise NumericsError(
-            f"The loss of step {step} is {agreed.loss}; weights are as after step {step - 1}."
+            f"The loss of step {step} is {agreed.loss}; the step was not taken, and the "
+            "last checkpoint is as it was."
         )
     learning_rate, weight_decay = config.learning_rate(step), config.weight_decay(step)
     update = parts.engine.update(learning_rate, weight_decay)

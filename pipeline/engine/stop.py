@@ -4,6 +4,7 @@ A signal reaches one rank or all of them, at different moments; each only notes 
 the one collective that every step has anyway, so that all save at the same step.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,4 +72,7 @@ class StopWatch:
         if number == signal.SIGINT and self._noted is StopReason.SIGINT:
             # Asked twice at a keyboard: whoever sits there does not want to wait for a save.
             raise KeyboardInterrupt
+        if number == signal.SIGINT and self._is_main:
+            # print could be interrupted in its own buffer: a handler writes straight to the file.
+            os.write(2, b"\nstopping after this step, saved; Ctrl-C again ends at once, unsaved\n")
         self._noted = max(self._noted, StopReason[signal.Signals(number).name])

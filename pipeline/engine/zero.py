@@ -7,17 +7,21 @@ not finite is left out without a word.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from pipeline.checkpoint.layout import DEEPSPEED
 from pipeline.clip import ClipBatch, Losses, Progress
@@ -83,6 +87,9 @@ class ZeroEngine:
         self._engine: Any = deepspeed.initialize(
             model=self._root, optimizer=optimizer, config=settings
         )[0]
+        # DeepSpeed makes a group of its own, with a time-out of half an hour.
+        group: Any = deepspeed_groups._get_data_parallel_group()
+        distributed_c10d._set_pg_timeout(timedelta(seconds=config.peer_timeout_seconds), group)
         self.objective.averages = [
             self._average(student, teacher) for student, teacher in self.objective.averaged_pairs()
         ]
@@ -104,9 +111,16 @@ class ZeroEngine:
         for group, decays in zip(self._engine.optimizer.param_groups, self._decays, strict=True):
             group["lr"] = learning_rate
             group["weight_decay"] = weight_decay if decays else 0.0
+        own_norm = None
+        if not self._stage:
+            # Plain AdamW asks nobody whether the gradient is finite.
+            own_norm = self._gradient_norm()
+            if not math.isfinite(own_norm):
+                self._engine.zero_grad()
+                return Update(gradient_norm=own_norm, skipped=True)
         self._engine.step()
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._stage else own_norm
         return Update(gradient_norm=float("nan") if norm is None else float(norm), skipped=skipped)
 
     def group_table(self) -> list[dict[str, Any]]:
@@ -143,8 +157,28 @@ class ZeroEngine:
         return self._stage == 3
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's optimiser state below `folder`; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+        """Writes this rank's optimiser state below `folder`; all ranks call it.
+
+        Raises:
+            OSError, RuntimeError: A file could not be written; raised when DeepSpeed's last
+                collective is past, so that the other ranks are not left waiting in it.
+        """
+        writer = self._engine.checkpoint_engine
+        write, failed = writer.save, []
+
+        def note_failure(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failed.append(error)
+
+        writer.save = note_failure
+        try:
+            self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+        finally:
+            del writer.save
+        if failed:
+            raise failed[0]
 
     def load(self, folder: Path, averages: dict[str, Tensor]) -> None:
         """Restores what `save` wrote, and the averages, in a fresh engine of the same world.
@@ -159,6 +193,11 @@ class ZeroEngine:
             raise CheckpointError(f"DeepSpeed found no state in {folder}.")
         for average in self.objective.averages:
             average.load(averages)
+
+    def _gradient_norm(self) -> float:
+        trained = self.objective.modules().parameters()
+        gradients = [p.grad for p in trained if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _average(self, student: nn.Module, teacher: nn.Module) -> TeacherAverage:
         names = {id(p): name for name, p in self.objective.modules().named_parameters()}
@@ -203,7 +242,8 @@ def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any
             "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
         },
         "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Without ZeRO, DeepSpeed sums gradients in the numbers that it computes in.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.zero.stage else {}),
         "gradient_clipping": config.optimizer.clip_gradient_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
