@@ -5,6 +5,7 @@ changes its meaning. The words follow sysexits where sysexits has one.
 """
 
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -57,7 +58,9 @@ class DataError(JepaError):
     """Videos or shards are damaged beyond what the run tolerates."""
 
     exit_code = ExitCode.DATA
-    remedy = "Look at the quarantine file named above, mend or remove those videos, then resume."
+    remedy = "Look at RUN/quarantine.jsonl, mend or remove those videos, then resume."
+    faults: tuple[Any, ...] = ()
+    """The bad samples that caused it, if it was samples."""
 
 
 class StorageError(JepaError):

@@ -1,5 +1,6 @@
 """Whole runs through the command line: stop, resume, refuse, fail with the right exit code."""
 
+import fcntl
 import json
 import os
 import signal
@@ -173,7 +174,7 @@ def test_resuming_what_is_no_run_or_with_other_ranks_is_refused(folder, whole):
     code, output = finish(jepa("resume", folder / "no-such-run"))
     assert code == ExitCode.CONFIG
     assert "no-such-run" in output
-    code, output = finish(jepa("resume", whole, "--ranks", 1))
+    code, output = finish(jepa("resume", whole, "--step", 4, "--ranks", 1))
     assert code == ExitCode.CONFIG
     assert "saved by 2 ranks" in output
     code, output = finish(jepa("resume", whole, "--step", 5))
@@ -186,10 +187,44 @@ def test_a_changed_dataset_is_refused_on_resume(folder, whole):
     text = config.read_text()
     write_dataset(folder / "other", 24, first_seed=100)
     config.write_text(text.replace(str(folder / "data"), str(folder / "other")))
-    code, output = finish(jepa("resume", whole))
+    code, output = finish(jepa("resume", whole, "--step", 4))
     config.write_text(text)
     assert code == ExitCode.CONFIG
     assert "other samples" in output
+    assert [c.step for c in layout.list_commits(whole)] == [0, 4, 6], "nothing was set aside"
+
+
+def test_too_many_bad_samples_end_the_run_with_their_names_in_quarantine(folder):
+    broken = write_dataset(folder / "broken", 24, first_seed=300)
+    for shard in broken.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        for place in range(2048, len(content), 1500):
+            content[place] ^= 0xFF
+        shard.write_bytes(content)
+    data = {"sources": [{"path": str(broken)}], "max_bad_samples": 2, "max_bad_fraction": 0.0}
+    code, output = finish(jepa("train", write_config(folder, "bad-data", data=data)))
+    assert code == ExitCode.DATA, output
+    lines = (folder / "bad-data" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) >= 3
+    assert {"position", "shard", "key", "reason"} <= json.loads(lines[0]).keys()
+
+
+def test_or_resume_starts_continues_and_refuses_another_configuration(folder, whole):
+    code, output = finish(jepa("train", folder / "whole.yaml", "--or-resume"))
+    assert code == ExitCode.DONE
+    assert "is finished" in output
+    code, output = finish(jepa("train", folder / "whole.yaml", "seed=7", "--or-resume"))
+    assert code == ExitCode.CONFIG
+    assert "seed" in output
+
+
+def test_a_second_job_on_a_run_is_refused(folder, whole):
+    with (whole / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = finish(jepa("resume", whole, "--step", 4))
+    assert code == ExitCode.USAGE, output
+    assert "in use by another job" in output
+    assert [c.step for c in layout.list_commits(whole)] == [0, 4, 6], "nothing was set aside"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(folder):

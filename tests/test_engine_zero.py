@@ -51,7 +51,9 @@ def test_the_live_copies_of_the_teachers_small_parameters_follow_the_average(pla
     for rank in ranks:
         assert rank["live"]
         for name, total in rank["live"].items():
-            assert total == pytest.approx(plain.weights[f"{name}.weight"].abs().sum().item(), abs=1e-4)
+            assert total == pytest.approx(
+                plain.weights[f"{name}.weight"].abs().sum().item(), abs=1e-4
+            )
 
 
 def test_a_checkpoint_of_two_ranks_gives_the_teacher_without_deepspeed(plain, sharded):

@@ -169,11 +169,13 @@ class ErrorBudget:
         )
         if self.num_bad > allowed:
             last = batch.faults[-1]
-            raise DataError(
+            error = DataError(
                 f"{self.num_bad} bad samples in {self.num_clips} clips, allowed are {allowed}; the "
                 f"last one, {last.key} in {last.dataset}/{last.shard}: {last.reason}",
                 remedy="Prepare the dataset again, or raise data.max_bad_fraction if it is meant.",
             )
+            error.faults = batch.faults
+            raise error
 
 
 def _data_loader(

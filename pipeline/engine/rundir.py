@@ -77,10 +77,15 @@ def record_faults(run_dir: Path, faults: tuple[SampleFault, ...]) -> None:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, faults)
     if dist.get_rank() == 0:
-        writer = JsonLinesWriter(run_dir / QUARANTINE_FILE)
-        for fault in sorted((f for part in gathered for f in part), key=lambda f: f.position):
-            writer.write(asdict(fault))
-        writer.close()
+        append_faults(run_dir, tuple(fault for part in gathered for fault in part))
+
+
+def append_faults(run_dir: Path, faults: tuple[SampleFault, ...]) -> None:
+    """Appends bad samples to the quarantine file, from this rank alone."""
+    writer = JsonLinesWriter(run_dir / QUARANTINE_FILE)
+    for fault in sorted(faults, key=lambda fault: fault.position):
+        writer.write(asdict(fault))
+    writer.close()
 
 
 def _make_folder(config: RunConfig, launch: Launch) -> Start:

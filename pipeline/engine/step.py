@@ -12,9 +12,10 @@ from torch import Tensor
 from pipeline.clip import ClipBatch, Losses, Progress, SampleFault, StepReport
 from pipeline.engine.agree import Agreement, RankWord, agree
 from pipeline.engine.build import Parts
+from pipeline.engine.rundir import append_faults
 from pipeline.engine.stop import StopReason
 from pipeline.engine.zero import Update
-from pipeline.errors import NumericsError
+from pipeline.errors import DataError, NumericsError
 from pipeline.stages import StagePlace, accumulation, place_of_step
 from pipeline.track.signals import collapse_signals
 
@@ -88,7 +89,7 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
     sums: dict[str, Tensor] = {}
     features: list[Tensor] = []
     for number in range(num):
-        batch = next(parts.loader).to(parts.device)
+        batch = _next_batch(parts, faults).to(parts.device)
         waited += parts.loader.wait_seconds
         faults += batch.faults
         flops += _flops(parts, batch)
@@ -107,6 +108,15 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
         stop=parts.stop.noted,
     )
     return _Gradient(word=word, faults=tuple(faults), features=tuple(features))
+
+
+def _next_batch(parts: Parts, faults: list[SampleFault]) -> ClipBatch:
+    try:
+        return next(parts.loader)
+    except DataError as error:
+        # The run ends here: what led to it must be in the quarantine file, without a collective.
+        append_faults(parts.run_dir, (*faults, *error.faults))
+        raise
 
 
 def _add(sums: dict[str, Tensor], losses: Losses, num: int) -> None:
