@@ -65,10 +65,12 @@ class LoadClip:
             except BadMediaError as error:
                 faults.append(self._fault(ref, error))
         last = faults[-1]
-        raise DataError(
+        error = DataError(
             f"position {position}: a sample and {self.config.max_substitutes} substitutes of "
             f"{last.dataset} are all bad; the last one, {last.key} in {last.shard}: {last.reason}"
         )
+        error.faults = tuple(faults)
+        raise error
 
     def describe(self, position: int) -> str:
         """The sample at a global position, for messages."""
