@@ -12,6 +12,7 @@ from pipeline.checkpoint.load import commit_of_step, verify
 from pipeline.commands import ConfigPath, Overrides
 from pipeline.config.load import load_config
 from pipeline.config.report import changes
+from pipeline.data.worker import start_server
 from pipeline.environment import Launch, free_port, prepare_libraries, read_launch
 from pipeline.errors import CheckpointError, ConfigError, ExitCode, PeerLostError, UsageError
 from pipeline.run import RunConfig
@@ -112,6 +113,9 @@ def _run(
     config: RunConfig, launch: Launch, *, resume_step: int | None, is_resume: bool
 ) -> ExitCode:
     prepare_libraries(Path.home() / ".cache" / "jepa" / "torch_extensions")
+    if config.data.workers:
+        # Loader workers import on another core what this process needs seconds for as well.
+        start_server()
     # Importing DeepSpeed takes seconds; mistakes in the configuration should not wait for it.
     from pipeline.engine.loop import train as run_loop  # noqa: PLC0415
 
