@@ -18,7 +18,7 @@ from pipeline.objectives import AnyObjectiveConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.schedule import cosine, learning_rate
 from pipeline.stages import Stage, place_of_step, total_steps
-from pipeline.track.metrics import TrackConfig
+from pipeline.track.metrics import StageCost, TrackConfig
 
 
 class ZeroConfig(Section):
@@ -107,3 +107,16 @@ class RunConfig(Section):
     def weight_decay(self, step: int) -> float:
         """Weight decay of a 1-based step."""
         return cosine(self.optimizer.weight_decay, step, self.num_steps)
+
+    def stage_costs(self) -> list[StageCost]:
+        """What a step of each stage costs beside the others, for progress and the time left."""
+        return [self._stage_cost(stage) for stage in self.stages]
+
+    def _stage_cost(self, stage: Stage) -> StageCost:
+        grid = self.grid(stage.frames, stage.resolution)
+        masks = self.masks if stage.masks is None else stage.masks
+        # Only ratios between stages count, so what the reference's masks keep on average will do:
+        # a quarter of the tokens as context, six tenths as targets.
+        kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(masks)
+        flops = self.objective.training_flops(grid, kept) * self.global_batch
+        return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)

@@ -22,7 +22,6 @@ from pipeline.environment import Launch, seed_everything
 from pipeline.masks.collate import collate_plan
 from pipeline.run import RunConfig
 from pipeline.stages import Share, micro_batch_plans
-from pipeline.track.metrics import StageCost
 from pipeline.track.sinks import Tracker
 
 
@@ -119,20 +118,9 @@ def run_state(parts: Parts, step: int, num_faults: int) -> dict:
 def _tracker(config: RunConfig, launch: Launch, *, resume: bool) -> Tracker:
     tracker = Tracker(
         config.track,
-        plan=[_cost(config, number) for number in range(len(config.stages))],
+        plan=config.stage_costs(),
         world_size=launch.world_size,
         is_main=launch.rank == 0,
     )
     tracker.start(config.run_dir, resolved_yaml(config), resume=resume)
     return tracker
-
-
-def _cost(config: RunConfig, number: int) -> StageCost:
-    stage = config.stages[number]
-    grid = config.grid(stage.frames, stage.resolution)
-    masks = config.masks if stage.masks is None else stage.masks
-    # Only ratios between stages count here, so the mean of the reference's masks will do:
-    # a quarter of the tokens is context, six tenths are targets.
-    kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(masks)
-    flops = config.objective.training_flops(grid, kept) * config.global_batch
-    return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)

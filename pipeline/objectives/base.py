@@ -14,16 +14,17 @@ from pipeline.models.attention import AttentionConfig
 from pipeline.models.teacher import TeacherAverage
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(Section, ABC):
     """Base of every objective's configuration; each narrows `kind` to a literal naming its file."""
 
     kind: Any
     """Name of the objective."""
 
+    @abstractmethod
     def grid(self, frames: int, resolution: int) -> Grid:
         """Tokens of a clip of `frames` frames at `resolution` pixels."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it cuts a clip")
 
+    @abstractmethod
     def training_flops(self, grid: Grid, kept: Sequence[tuple[float, float]]) -> float:
         """Model FLOPs of training on one clip, forward and backward.
 
@@ -31,7 +32,6 @@ class ObjectiveConfig(Section):
             grid: Tokens of the clip.
             kept: (context, target) tokens of each mask.
         """
-        raise NotImplementedError(f"{type(self).__name__} must count its FLOPs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

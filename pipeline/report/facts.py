@@ -11,7 +11,6 @@ from pipeline.checkpoint.layout import list_commits
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UsageError
 from pipeline.run import RunConfig
-from pipeline.stages import Stage
 from pipeline.track.folder import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -153,16 +152,7 @@ class RunFacts:
         return not any(event.time >= began for event in self.events)
 
     def _plan(self) -> list[StageCost]:
-        config = self.config
-        return [_stage_cost(config, stage) for stage in config.stages] if config else []
-
-
-def _stage_cost(config: RunConfig, stage: Stage) -> StageCost:
-    """What a step of a stage costs beside the others, with the masks' usual sizes."""
-    grid = config.grid(stage.frames, stage.resolution)
-    kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(stage.masks or config.masks)
-    flops = config.objective.training_flops(grid, kept) * config.global_batch
-    return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)
+        return self.config.stage_costs() if self.config else []
 
 
 def gather(run_dir: Path) -> RunFacts:
