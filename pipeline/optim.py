@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
 
 
 def parameter_groups(modules: Iterable[tuple[str, nn.Module]]) -> list[dict[str, Any]]:
-    """Two groups a module, with and without weight decay (vjepa2 §5.1).
+    """Two groups a module, with and without weight decay, as V-JEPA 2 was trained.
 
     No decay for biases and for one-dimensional parameters; mask tokens have four dimensions and
     are decayed. Frozen parameters are in no group.

@@ -34,7 +34,7 @@ class AveragedShard:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherAverage:
-    """θ̄ ← m·θ̄ + (1−m)·θ over all parameters, norms and biases included (vjepa2 §4)."""
+    """θ̄ ← m·θ̄ + (1−m)·θ over all parameters, norms and biases too (arXiv 2506.09985)."""
 
     shards: Sequence[AveragedShard]
     refresh: Callable[[], None]

@@ -1,6 +1,6 @@
 """V-JEPA 2: a student sees part of a clip, a predictor guesses the teacher's features of the rest.
 
-vjepa2 §4 (arXiv 2506.09985, section 2): targets are the teacher's outputs, normalised over
+Targets (arXiv 2506.09985, section 2) are the teacher's outputs, normalised over
 channels, without gradient; the loss is the mean L1 distance per mask, averaged over masks.
 """
 
