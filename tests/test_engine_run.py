@@ -125,6 +125,23 @@ def test_one_rank_without_workers_sees_the_same_losses_within_rounding(folder, w
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_bf16_run_taken_up_from_an_older_step_repeats_its_losses_bit_for_bit(folder):
+    code, output = finish(jepa("train", write_config(folder, "half", precision="bf16")))
+    assert code == ExitCode.DONE, output
+    run = folder / "half"
+    before = {s.report.step: s.report.loss.hex() for s in read_metrics(run)}
+    last = dict(iterate_weights(layout.list_commits(run)[-1].path))
+    code, output = finish(jepa("resume", run, "--step", 4))
+    assert code == ExitCode.DONE, output
+    assert {s.report.step: s.report.loss.hex() for s in read_metrics(run)} == before
+    again = dict(iterate_weights(layout.list_commits(run)[-1].path))
+    assert all(again[name].equal(weight) for name, weight in last.items())
+    assert list((run / "checkpoints").glob("aside-step-00000006-*")), "the old last one is kept"
+    # fp32 weights behind a bf16 network: an average of bf16 steps would be multiples of 2^-8.
+    teacher = last["teacher.blocks.0.norm1.weight"]
+    assert not teacher.equal(teacher.bfloat16().float())
+
+
 def test_torchrun_starts_the_same_run(folder, whole):
     config = write_config(folder, "torchrun")
     words = ["--nproc_per_node=2", "--rdzv_endpoint=127.0.0.1:0", "--rdzv_backend=c10d"]
