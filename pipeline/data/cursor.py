@@ -129,7 +129,7 @@ def check_same(
             "the checkpoint was trained on other data than the configuration names now:\n"
             + "\n".join(f"  - {difference}" for difference in differences),
             remedy="Put the data section and the datasets back as they were, or start a new run "
-            "from this checkpoint; to go on all the same, allow the change of dataset.",
+            "under another name.",
         )
     return differences
 
