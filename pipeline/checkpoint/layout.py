@@ -1,18 +1,26 @@
 """What a checkpoint looks like on disk, and which ones a run has.
 
 RUN/checkpoints/step-00000400/              a commit: whole, or it would not have this name
-    manifest.json                           every file with size and SHA-256; written last
+    manifest.json                           every file with size and SHA-256, every tensor with its
+                                            fingerprint; written last
     state.json                              step, data identity, parameter groups, counters
-    weights-rank00000.safetensors           this rank's fp32 pieces of all weights and averages
+    weights-rank00000.safetensors           fp32 pieces of weights and averages: `encoder.…`,
+                                            `predictor.…`, `teacher.…`
+    optimizer-rank00000.safetensors         fp32 pieces of Adam's state: `exp_avg/encoder.…`,
+                                            `exp_avg_sq/encoder.…`, `step/encoder.…`
     rng-rank00000.safetensors               this rank's random generators
-    deepspeed/…                             optimiser state as DeepSpeed writes it
 RUN/checkpoints/step-00000500.partial-…/    a save that was cut short; ignored, then removed
 RUN/checkpoints/latest                      name of the newest commit; a hint only
+
+A piece is a run of elements of one flattened tensor, without padding. The metadata of its file say
+where it starts and what shape the whole has (`pieces.metadata_of`); its end follows from its
+length. The pieces of all files together cover every tensor exactly once, whatever world size and
+ZeRO stage wrote them, so a reader asks for neither. A rank that owns nothing writes no such file.
 """
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +74,8 @@ class Manifest:
     """UTC, ISO 8601; a label, never used to decide anything."""
     versions: dict[str, str]
     files: tuple[FileEntry, ...]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of every tensor by name, as `fingerprint.to_text` writes them; equal after resharding."""
 
     def to_json(self) -> str:
         """The text of manifest.json."""
