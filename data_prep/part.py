@@ -22,8 +22,9 @@ from pipeline.data.decode import BadMediaError, BadReason, MediaInfo, probe_medi
 from pipeline.data.format import Sidecar
 from pipeline.data.indexing import index_shard
 from pipeline.data.layout import INDEX_DTYPE
-from pipeline.data.manifest import file_sha256, publish
+from pipeline.data.manifest import file_sha256
 from pipeline.errors import StorageError
+from pipeline.files import publish
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

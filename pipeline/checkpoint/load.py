@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import Commit, Manifest
-from pipeline.checkpoint.save import sha256_of
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.files import sha256_of
 
 # Which prefix of the weights file is meant by the words that people use.
 _PREFIX = {"teacher": "teacher.", "student": "encoder.", "predictor": "predictor."}

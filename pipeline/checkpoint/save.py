@@ -6,8 +6,6 @@ kill at any moment leaves the previous commit as it was.
 """
 
 import contextlib
-import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,8 +17,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import FileEntry, Manifest
-
-_CHUNK_BYTES = 1 << 22
+from pipeline.files import sha256_of, sync_file, sync_folder, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,35 +129,6 @@ def clear_partials(run_dir: Path) -> list[str]:
     return [partial.name for partial in partials]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a reader sees the old text or the new, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Makes names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _prepare(partial: Path, world_size: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     for rank in range(world_size):
@@ -203,8 +171,7 @@ def _reason(error: OSError | RuntimeError, partial: Path) -> str:
 
 
 def _entry(path: Path, root: Path) -> FileEntry:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return FileEntry(
         path=path.relative_to(root).as_posix(),
         num_bytes=path.stat().st_size,

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.data.layout import MANIFEST_NAME, SCHEMA_VERSION, SHARD_PATTERN, Manifest, ShardEntry
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.files import sha256_of, write_atomically
 
 PREPARE_AGAIN = "Prepare it again with `jepa prep run`, or fetch a whole copy of it."
 _MAX_MANIFEST_BYTES = 1 << 28
@@ -58,14 +58,13 @@ def dataset_digest(index_sha256: str, shards: Sequence[ShardEntry]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces.
+    """SHA-256 of a file.
 
     Raises:
         StorageError: It cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -76,23 +75,7 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         StorageError: The file system refused.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Gives a finished, synchronised file its final name, and makes the name durable too."""
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

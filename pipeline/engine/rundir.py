@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.layout import list_commits
 from pipeline.checkpoint.load import Found, find_commit
-from pipeline.checkpoint.save import clear_partials, set_aside_after, write_atomically
+from pipeline.checkpoint.save import clear_partials, set_aside_after
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
 from pipeline.environment import Launch, git_commit, machine
 from pipeline.errors import CheckpointError, JepaError, StorageError, UsageError
+from pipeline.files import write_atomically
 from pipeline.run import RunConfig
 from pipeline.track.folder import (
     CONFIG_FILE,

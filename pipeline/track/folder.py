@@ -2,8 +2,6 @@
 
 # Imports no torch: the process that uploads to MLflow should cost the machine little.
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
+from pipeline.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -95,11 +94,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StorageError: If the folder cannot be written to.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        write_atomically(path, text)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error}") from error
 
