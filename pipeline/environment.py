@@ -191,6 +191,24 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
+def job_id() -> tuple[str, str]:
+    """The scheduler's job and which of its starts this is; empty without a scheduler."""
+    return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
+
+
+def job_end() -> float | None:
+    """When the scheduler ends this job, unix seconds; None if it does not say."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdigit() else None
+
+
+def record_collectives(folder: Path) -> None:
+    """Lets NCCL's flight recorder keep its last collectives and dump them when one times out."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))
+
+
 def process_age_seconds() -> float:
     """Wall time since the operating system started this process, imports included."""
     return time.time() - psutil.Process().create_time()

@@ -12,6 +12,7 @@ from pipeline.checkpoint.layout import CheckpointConfig
 from pipeline.clip import Grid
 from pipeline.config.section import Section
 from pipeline.data.stream import DataConfig
+from pipeline.limits import GuardsConfig, StopConfig
 from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask, check_masks
 from pipeline.models.attention import AttentionConfig
 from pipeline.objectives import AnyObjectiveConfig
@@ -66,6 +67,10 @@ class RunConfig(Section):
     """When checkpoints are written and which are kept."""
     track: TrackConfig = TrackConfig()
     """What is logged, how often and where."""
+    guards: GuardsConfig = GuardsConfig()
+    """What is checked before every update, and when a rank counts as hanging."""
+    stop: StopConfig = StopConfig()
+    """When the run stops by itself, and what it has time for when asked to."""
     peer_timeout_seconds: float = Field(default=600.0, gt=0.0)
     """How long a rank waits for the others before it gives up."""
 

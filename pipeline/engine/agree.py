@@ -1,5 +1,11 @@
-"""What all ranks know together before the optimiser's step: one small collective for everything."""
+"""What all ranks know together before the optimiser's step: one small collective for everything.
 
+Every rank gets every rank's word, not a sum of them: so each can say which rank's loss is not
+finite and who is slow, and all come to the same decision without asking again.
+"""
+
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.engine.stop import StopReason
+
+_NUM_NUMBERS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPace:
+    """What a rank needed for its own work, in seconds; waiting for other ranks is not in it."""
+
+    data: float = 0.0
+    """Waiting for its loader."""
+    compute: float = 0.0
+    """A fixed piece of arithmetic on its device."""
+    host: float = 0.0
+    """Between the former step's end and this one's begin: logging, saving, the system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +40,14 @@ class RankWord:
     num_faults: int
     flops: float
     stop: StopReason
+    seconds_left: float = math.inf
+    """Until this process is killed, as far as it knows."""
+    save_seconds: float = 0.0
+    """What a save takes, as far as it knows."""
+    compute_seconds: float = 0.0
+    """See `RankPace.compute`."""
+    host_seconds: float = 0.0
+    """See `RankPace.host`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,29 +62,103 @@ class Agreement:
     num_faults: int
     flops: float
     stop: StopReason
+    seconds_left: float
+    """Of the rank that is killed first."""
+    save_seconds: float
+    """Of the slowest rank."""
+    not_finite: tuple[str, ...]
+    """Which rank's loss is not finite and in which term, such as `rank 1, loss_mask_0 is nan`."""
+    paces: tuple[RankPace, ...]
+    """One per rank."""
 
 
 def agree(word: RankWord) -> Agreement:
     """Puts the ranks' words together; every rank must call it once per step, with equal terms."""
     names = sorted(word.terms)
-    # Float64 on CPUs: counts and FLOPs must come out whole. One stop reason a slot: the sum is
-    # positive where any rank has been asked for that reason.
-    reasons = [1.0 if word.stop is reason else 0.0 for reason in StopReason]
-    numbers = [word.data_wait_seconds, float(word.num_faults), word.flops, *reasons]
-    device = word.loss.device
-    measured = torch.stack([word.loss, *(word.terms[name] for name in names)]).detach()
-    vector = torch.cat([measured.double(), torch.tensor(numbers, dtype=torch.float64).to(device)])
-    dist.all_reduce(vector)
-    total = vector.tolist()
-    world_size = dist.get_world_size()
-    loss, *rest = total
-    terms, rest = rest[: len(names)], rest[len(names) :]
-    wait, faults, flops, *asked = rest
+    words = [_split(row, names) for row in _gather(_own_row(word, names)).tolist()]
+    loss = _mean(one.measured["loss"] for one in words)
     return Agreement(
-        loss=loss / world_size,
-        terms={name: value / world_size for name, value in zip(names, terms, strict=True)},
-        data_wait_seconds=wait / world_size,
-        num_faults=round(faults),
-        flops=flops,
-        stop=max(reason for reason, count in zip(StopReason, asked, strict=True) if count > 0),
+        loss=loss,
+        terms={name: _mean(one.measured[name] for one in words) for name in names},
+        data_wait_seconds=_mean(one.pace.data for one in words),
+        num_faults=round(sum(one.num_faults for one in words)),
+        flops=sum(one.flops for one in words),
+        stop=max(one.stop for one in words),
+        seconds_left=min(one.seconds_left for one in words),
+        save_seconds=max(one.save_seconds for one in words),
+        not_finite=tuple(
+            f"rank {rank}, {name} is {value}"
+            for rank, one in enumerate(words)
+            for name, value in _culprits(one.measured)
+        ),
+        paces=tuple(one.pace for one in words),
     )
+
+
+def agree_on_stop(own: StopReason, device: torch.device) -> StopReason:
+    """The highest reason that any rank knows of; every rank must call it at the same place."""
+    reason = torch.tensor(int(own), device=device)
+    dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+    return StopReason(int(reason.item()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Word:
+    """A rank's word as the others read it."""
+
+    measured: dict[str, float]
+    pace: RankPace
+    num_faults: float
+    flops: float
+    stop: StopReason
+    seconds_left: float
+    save_seconds: float
+
+
+def _own_row(word: RankWord, names: list[str]) -> Tensor:
+    # Float64: counts and FLOPs must come out whole.
+    numbers = [
+        word.data_wait_seconds,
+        word.compute_seconds,
+        word.host_seconds,
+        float(word.num_faults),
+        word.flops,
+        float(word.stop),
+        word.seconds_left,
+        word.save_seconds,
+    ]
+    measured = torch.stack([word.loss, *(word.terms[name] for name in names)]).detach().double()
+    return torch.cat([torch.tensor(numbers, dtype=torch.float64).to(measured.device), measured])
+
+
+def _gather(row: Tensor) -> Tensor:
+    rows = row.new_empty(dist.get_world_size() * len(row))
+    dist.all_gather_into_tensor(rows, row)
+    return rows.view(-1, len(row))
+
+
+def _split(row: list[float], names: list[str]) -> _Word:
+    numbers, measured = row[:_NUM_NUMBERS], row[_NUM_NUMBERS:]
+    data, compute, host, faults, flops, stop, seconds_left, save_seconds = numbers
+    return _Word(
+        measured=dict(zip(["loss", *names], measured, strict=True)),
+        pace=RankPace(data=data, compute=compute, host=host),
+        num_faults=faults,
+        flops=flops,
+        stop=StopReason(int(stop)),
+        seconds_left=seconds_left,
+        save_seconds=save_seconds,
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    # Not statistics.fmean, which refuses to add infinities of both signs.
+    values = tuple(values)
+    return sum(values) / len(values)
+
+
+def _culprits(measured: dict[str, float]) -> list[tuple[str, float]]:
+    """The terms that are not finite; the loss itself only if all of its terms are."""
+    bad = [(name, value) for name, value in measured.items() if not math.isfinite(value)]
+    terms = [pair for pair in bad if pair[0] != "loss"]
+    return terms or bad

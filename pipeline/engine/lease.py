@@ -1,0 +1,286 @@
+"""One run, one owner: a numbered lease that also fences off an owner who wakes up too late.
+
+RUN/lease/00000007.json belongs to whoever made it, and the highest number owns the run. A number
+is made at most once (exclusive creation), so of any number of takers one wins, and an owner that
+was paused while another took over finds a higher number, or its own file gone, and stops. Its
+number is the fencing token that every checkpoint's manifest carries.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from pipeline.environment import job_id
+from pipeline.errors import StorageError, UsageError
+
+LEASE_FOLDER = "lease"
+_NAME = re.compile(r"(\d{8})\.json")
+# An owner gives a sign every few seconds; one that has given none for so long is gone.
+STALE_SECONDS = 30.0
+_TOUCH_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+
+
+class OwnerError(UsageError):
+    """Another job owns the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """Who made a lease."""
+
+    host: str
+    pid: int
+    process: str
+    """Boot, process namespace and start time: the same number again is another process."""
+    job: str = ""
+    """The scheduler's job, if there is one."""
+    launcher_attempt: str = ""
+    since: str = ""
+    """UTC; a label only."""
+    released: bool = False
+
+    @property
+    def words(self) -> str:
+        """How messages name it."""
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """The newest lease as another process sees it."""
+
+    token: int
+    owner: Owner | None
+    """None while its file is being written."""
+    age_seconds: float
+    """Since its owner's last sign of life, by the file system's clock."""
+    stamp: int
+    """Changes with every sign of life."""
+
+
+class Lease:
+    """This process's ownership of a run; rank 0 has it.
+
+    Attributes:
+        token: The fencing token; rises with every owner of the run.
+    """
+
+    def __init__(self, folder: Path, token: int, owner: Owner) -> None:
+        self._folder, self.token, self._owner = folder, token, owner
+        self._path = folder / _name(token)
+        self._next = folder / _name(token + 1)
+        self._ended = threading.Event()
+
+    def keep_alive(self) -> None:
+        """Gives signs of life from a thread until the lease is released or the process ends."""
+        threading.Thread(target=self._touch, name="lease", daemon=True).start()
+
+    def check(self) -> None:
+        """Refuses to go on if another job has taken the run over.
+
+        Raises:
+            OwnerError: It has; nothing may be written any more.
+        """
+        if self._path.exists() and not self._next.exists():
+            return
+        newer = look(self._folder.parent)
+        who = newer.owner.words if newer and newer.owner else "another job"
+        raise OwnerError(
+            f"{self._folder.parent} was taken over by {who} while this process "
+            f"({self._owner.words}) gave no sign of life; nothing more is written by it.",
+            remedy="Nothing to do: the other job goes on with the run. `jepa status` shows it.",
+        )
+
+    def release(self) -> None:
+        """Gives the run up, so that the next owner need not wait."""
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            if self._path.exists():
+                _write(self._path, Owner(**{**asdict(self._owner), "released": True}))
+
+    def _touch(self) -> None:
+        while not self._ended.wait(_TOUCH_SECONDS):
+            with contextlib.suppress(OSError):
+                # No time of our own: a file server stamps it with its own clock, like all others.
+                os.utime(self._path)
+
+
+def acquire(run_dir: Path, *, stale_seconds: float = STALE_SECONDS) -> Lease:
+    """Makes this process the owner of a run.
+
+    A dead owner's place is taken at once if it was a process of this machine, else when it has
+    given no sign for `stale_seconds`; it is waited for if it seems to be dead.
+
+    Raises:
+        OwnerError: It has a living owner; host, process and age are told.
+        StorageError: The folder cannot be written to.
+    """
+    folder = run_dir / LEASE_FOLDER
+    me = _this_process()
+    deadline = time.monotonic() + 2 * stale_seconds
+    try:
+        folder.mkdir(exist_ok=True)
+        while True:
+            held = look(run_dir)
+            if held is not None and not _is_free(held, me, stale_seconds):
+                _wait_or_refuse(run_dir, held, deadline)
+                continue
+            lease = _make(folder, (held.token if held else 0) + 1, me)
+            if lease is not None:
+                return lease
+    except OSError as error:
+        raise StorageError(f"Cannot write {folder}: {error.strerror or error}") from error
+
+
+def look(run_dir: Path) -> Held | None:
+    """The newest lease of a run; None if it never had one."""
+    folder = run_dir / LEASE_FOLDER
+    tokens = _tokens(folder)
+    if not tokens:
+        return None
+    path = folder / _name(tokens[-1])
+    try:
+        stamp = path.stat()
+    except FileNotFoundError:  # taken over and removed since it was listed
+        return look(run_dir)
+    age = max(0.0, _now_of(folder) - stamp.st_mtime)
+    return Held(token=tokens[-1], owner=_read(path), age_seconds=age, stamp=stamp.st_mtime_ns)
+
+
+def _make(folder: Path, token: int, me: Owner) -> Lease | None:
+    """The lease of this number; None if another process was quicker."""
+    path = folder / _name(token)
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return None
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(asdict(me)))
+        file.flush()
+        os.fsync(file.fileno())
+    tokens = _tokens(folder)
+    if tokens[-1] != token:
+        # We were asleep since we looked: others have come and gone.
+        path.unlink(missing_ok=True)
+        return None
+    for old in tokens[:-1]:
+        (folder / _name(old)).unlink(missing_ok=True)
+    return Lease(folder, token, me)
+
+
+def _is_free(held: Held, me: Owner, stale_seconds: float) -> bool:
+    owner = held.owner
+    if owner is not None:
+        if owner.released:
+            return True
+        if _is_seen_from(owner, me) and _process_mark(owner.pid) != owner.process:
+            return True
+        if owner.job and owner.job == me.job and owner.launcher_attempt != me.launcher_attempt:
+            # The scheduler starts a job again only when its former processes are gone.
+            return True
+    return held.age_seconds >= stale_seconds
+
+
+def _wait_or_refuse(run_dir: Path, held: Held, deadline: float) -> None:
+    """Returns after a moment if the owner may be dead.
+
+    Raises:
+        OwnerError: It lives.
+    """
+    owner = held.owner
+    lives_here = owner is not None and _is_seen_from(owner, _this_process())
+    is_fresh = held.age_seconds < 2 * _TOUCH_SECONDS
+    if not (lives_here and is_fresh) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        now = look(run_dir)
+        if now is None or (now.token == held.token and now.stamp == held.stamp):
+            return
+    who = owner.words if owner else "another job"
+    since = f", since {owner.since}" if owner and owner.since else ""
+    raise OwnerError(
+        f"{run_dir} is in use by another job: {who}{since}; its last sign of life was "
+        f"{held.age_seconds:.0f} s ago.",
+        remedy=f"See `jepa status {run_dir}`; `jepa stop {run_dir}` ends that job.",
+    )
+
+
+def _this_process() -> Owner:
+    job, attempt = job_id()
+    return Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process=_process_mark(os.getpid()),
+        job=job,
+        launcher_attempt=attempt,
+        since=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+    )
+
+
+def _process_mark(pid: int) -> str:
+    """Tells a process from a later one of the same number; empty if there is none."""
+    try:
+        # The command's name may hold spaces; what follows its bracket does not.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = Path("/proc/self/ns/pid").readlink().name
+    except OSError:
+        return ""
+    state, start = words[0], words[19]
+    return "" if state in "ZX" else f"{boot}/{space}/{start}"
+
+
+def _is_seen_from(owner: Owner, me: Owner) -> bool:
+    """Whether `me` can tell if that process lives: same machine, same process numbers."""
+    return owner.host == me.host and _namespace(owner.process) == _namespace(me.process)
+
+
+def _namespace(mark: str) -> str:
+    return mark.rpartition("/")[0]
+
+
+def _tokens(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir())
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def _name(token: int) -> str:
+    return f"{token:08d}.json"
+
+
+def _now_of(folder: Path) -> float:
+    """The file system's own clock, which may be another machine's."""
+    probe = folder / f".clock-{uuid.uuid4().hex[:12]}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()  # a reader without the right to write, such as `jepa status`
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Owner | None:
+    known = {field.name for field in fields(Owner)}
+    try:
+        record = json.loads(path.read_text())
+        return Owner(**{key: value for key, value in record.items() if key in known})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, owner: Owner) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(owner)))
+    temporary.replace(path)
