@@ -129,7 +129,7 @@ def _write_samples(writer: TarWriter, source: Source, job: PartJob) -> _Outcome:
 
 def _checked(path: Path, source: Source, job: PartJob) -> MediaInfo:
     if source.name in job.deadly:
-        raise BadMediaError(BadReason.DECODER_DIED, "twice, while at this video")
+        raise BadMediaError(BadReason.DECODER_KILLED, "twice, while at this video")
     return probe_media(path, job.settings.limits, decode_everything=True)
 
 

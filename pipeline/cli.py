@@ -95,9 +95,29 @@ VERBS = (
         help="Compare a run's checkpoints with their digests.",
     ),
     Verb(
+        words="ckpt import",
+        function="pipeline.commands.ckpt_exchange:import_",
+        help="Read an official checkpoint or a folder of transformers.",
+    ),
+    Verb(
+        words="ckpt export",
+        function="pipeline.commands.ckpt_exchange:export",
+        help="Write networks for others to read, with a model card.",
+    ),
+    Verb(
         words="prep run",
         function="data_prep.commands:run",
         help="Check, transcode, shard and index a folder of videos.",
+    ),
+    Verb(
+        words="prep lint",
+        function="data_prep.look:lint",
+        help="Check a dataset's digests, tars, index and clips.",
+    ),
+    Verb(
+        words="prep stats",
+        function="data_prep.look:stats",
+        help="Count a dataset and draw its histograms.",
     ),
     Verb(
         words="prep synthetic",

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from numpy.lib import format as npy_format
 from pipeline.data.layout import INDEX_DTYPE, MAX_MEMBER_BYTES, Member, ShardEntry
 from pipeline.data.manifest import PREPARE_AGAIN
 from pipeline.errors import DataError, StorageError
+
+# NumPy reads a header as Python source; one that is damaged fails in the middle of that.
+_BAD_HEADER = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
 
 class Descriptor:
@@ -52,7 +56,7 @@ def map_records(path: Path) -> np.ndarray:
         records = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except _BAD_HEADER as error:
         raise DataError(f"{path}: not an index: {error}", remedy=PREPARE_AGAIN) from error
     if not isinstance(records, np.ndarray) or records.dtype != INDEX_DTYPE or records.ndim != 1:
         raise DataError(f"{path}: not an index of this version", remedy=PREPARE_AGAIN)
@@ -116,7 +120,10 @@ def parse_array(payload: bytes, dtype: np.dtype[Any], num_dimensions: int) -> np
     version = npy_format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"npy version {version}")
-    shape, fortran_order, found = npy_format.read_array_header_1_0(stream)
+    try:
+        shape, fortran_order, found = npy_format.read_array_header_1_0(stream)
+    except _BAD_HEADER as error:
+        raise ValueError(f"damaged header: {error}") from error
     if found != dtype or len(shape) != num_dimensions or fortran_order:
         raise ValueError(f"expected {dtype} with {num_dimensions} dimensions, got {found} {shape}")
     content = payload[stream.tell() :]
