@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from data_prep.synthetic.encode import encode_h264
 from pipeline.checkpoint import layout
+from pipeline.checkpoint.fingerprint import fingerprint_pieces
+from pipeline.checkpoint.pieces import Piece, metadata_of
 from pipeline.checkpoint.save import SaveRequest, save
 from pipeline.config.load import resolved_yaml
 from pipeline.models.encoder import Encoder
@@ -109,15 +111,15 @@ def _objective(config: RunConfig, seed: int):
     return build_objective(config.objective, options)
 
 
-def _write_weights(out: Path, config: RunConfig, seed: int) -> None:
+def _write_weights(out: Path, config: RunConfig, seed: int) -> dict[str, int]:
     weights = _objective(config, seed).modules().state_dict()
-    metadata = {
-        "shapes": json.dumps({name: list(tensor.shape) for name, tensor in weights.items()}),
-        "partitioned": "false",
-        "world_size": "1",
-    }
-    flat = {name: tensor.flatten().contiguous() for name, tensor in weights.items()}
-    save_file(flat, out / layout.weights_name(0), metadata)
+    pieces = [
+        Piece(name=name, shape=tuple(tensor.shape), start=0, flat=tensor.flatten())
+        for name, tensor in weights.items()
+    ]
+    flat = {piece.name: piece.flat.contiguous() for piece in pieces}
+    save_file(flat, out / layout.weights_name(0), metadata_of(pieces))
+    return fingerprint_pieces(pieces)
 
 
 def _bare(template: str) -> str:

@@ -7,12 +7,14 @@ invertible mod 2⁶⁴: one changed element always changes the sum; elements tha
 or counted twice change it but for one chance in about 2⁶⁴. It is no defence against an attacker.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.checkpoint.pieces import Piece
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # One table of factors, small enough for a core's cache; every block of this many elements
@@ -44,9 +46,28 @@ def fingerprint_piece(flat: Tensor, start: int) -> int:
     return total & _MASK
 
 
+def fingerprint_pieces(pieces: Iterable[Piece]) -> dict[str, int]:
+    """One rank's part of the fingerprints of all tensors, by name."""
+    return {piece.name: fingerprint_piece(piece.flat, piece.start) for piece in pieces}
+
+
 def combine(parts: Iterable[int]) -> int:
     """The fingerprint of what several pieces make up together."""
     return sum(parts) & _MASK
+
+
+def combine_ranks(parts: Iterable[Mapping[str, int]]) -> dict[str, str]:
+    """Fingerprints of all tensors, as manifests hold them, from what each rank found."""
+    totals: dict[str, int] = {}
+    for own in parts:
+        for name, part in own.items():
+            totals[name] = combine((totals.get(name, 0), part))
+    return {name: to_text(total) for name, total in sorted(totals.items())}
+
+
+def as_signed(fingerprint: int) -> int:
+    """A fingerprint as the signed 64-bit integer of the same bits, for tensors."""
+    return fingerprint - (1 << 64) if fingerprint >> 63 else fingerprint
 
 
 def to_text(fingerprint: int) -> str:

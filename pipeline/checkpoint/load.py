@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import Commit, Manifest
+from pipeline.checkpoint.reshard import CommitTensors
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import sha256_of
 
@@ -149,25 +147,9 @@ def load_encoder_state(
 
 def iterate_weights(commit_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """All whole fp32 weights of a commit, one after the other, so that memory stays small."""
-    manifest = layout.read_manifest(commit_dir)
-    first = commit_dir / layout.weights_name(0)
-    with safe_open(first, framework="pt") as file:
-        metadata = file.metadata()
-    # Without partitioning every rank has every weight whole, and rank 0 alone wrote them.
-    num_files = manifest.world_size if json.loads(metadata["partitioned"]) else 1
-    with ExitStack() as stack:
-        readers = [
-            stack.enter_context(safe_open(commit_dir / layout.weights_name(r), framework="pt"))
-            for r in range(num_files)
-        ]
-        for name, shape in json.loads(metadata["shapes"]).items():
-            yield name, _whole([reader.get_tensor(name) for reader in readers], shape)
-
-
-def _whole(pieces: list[Tensor], shape: list[int]) -> Tensor:
-    # The last piece is padded to the length of the others.
-    flat = torch.cat(pieces)[: torch.Size(shape).numel()]
-    return flat.reshape(shape).clone()
+    with CommitTensors(commit_dir, with_optimizer=False) as tensors:
+        for name in tensors.names():
+            yield name, tensors.whole(name)
 
 
 def _extra(commit_dir: Path, manifest: Manifest) -> list[str]:

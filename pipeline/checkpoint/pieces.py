@@ -1,9 +1,9 @@
 """Pieces of tensors: what a rank writes into a checkpoint and what readers put together again."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from typing import Protocol
 
 from torch import Tensor
 
@@ -52,6 +52,32 @@ def share(numel: int, rank: int, world_size: int) -> slice:
     return slice(min(rank * length, numel), min((rank + 1) * length, numel))
 
 
-def num_elements(shape: Iterable[int]) -> int:
-    """Elements of a tensor of a shape; 1 for a scalar."""
-    return prod(shape)
+class TensorSource(Protocol):
+    """Where an engine takes its tensors from when it is loaded."""
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a whole tensor; None if there is none of this name."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop − start]: elements of a flattened tensor, on the CPU."""
+        ...
+
+
+class WholeTensors:
+    """A source of tensors that are whole in memory, such as an imported model.
+
+    Args:
+        tensors: By name, as the training run names its weights (`encoder.…`).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor; None if there is none of this name."""
+        return tuple(self._tensors[name].shape) if name in self._tensors else None
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a flattened tensor."""
+        return self._tensors[name].detach().reshape(-1)[start:stop]

@@ -14,8 +14,8 @@ from pipeline.config.load import resolved_yaml
 from pipeline.data.cursor import DataIdentity, check_same
 from pipeline.data.loader import Loader, make_loader
 from pipeline.engine.check import check_run
+from pipeline.engine.resume import take_up
 from pipeline.engine.rundir import Start
-from pipeline.engine.save import read_rank_files
 from pipeline.engine.stop import StopWatch
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import Launch, seed_everything
@@ -75,7 +75,7 @@ def build(
     seed_everything(config.seed)
     engine = ZeroEngine(config, device)
     if start.found is not None:
-        read_rank_files(engine, start.found.commit.path)
+        take_up(engine, start.found, seed=config.seed)
     return Parts(
         config=config,
         launch=launch,

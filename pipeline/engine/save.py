@@ -9,51 +9,46 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.checkpoint import layout
+from pipeline.checkpoint.fingerprint import fingerprint_pieces
+from pipeline.checkpoint.pieces import Piece, metadata_of
 from pipeline.engine.zero import ZeroEngine
 
 # Python's and NumPy's generators are both a Mersenne twister of 624 words.
 _TWISTER_WORDS = 624
 
 
-def write_rank_files(engine: ZeroEngine, folder: Path, state: dict[str, Any]) -> None:
+def write_rank_files(engine: ZeroEngine, folder: Path, state: dict[str, Any]) -> dict[str, int]:
     """Writes all files of this rank into an empty folder; every rank calls it.
 
     Args:
         engine: The engine to save, at an accumulation boundary.
         folder: This rank's own empty folder.
         state: The run's state, the same on all ranks; rank 0 writes it.
+
+    Returns:
+        This rank's part of every tensor's fingerprint, by name.
     """
     rank = dist.get_rank()
-    # What ranks do together comes first: a rank that fails to write must not fail alone in there.
-    pieces, shapes = engine.weights()
-    engine.save(folder)
-    if engine.is_partitioned or rank == 0:
-        metadata = {
-            "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
-            "partitioned": json.dumps(engine.is_partitioned),
-            "world_size": str(dist.get_world_size()),
-        }
-        flat = {name: piece.detach().cpu().contiguous() for name, piece in pieces.items()}
-        _write(flat, folder / layout.weights_name(rank), metadata)
+    pieces = engine.pieces()
+    _write_pieces(
+        [p for p in pieces if not p.is_optimizer_state], folder / layout.weights_name(rank)
+    )
+    _write_pieces([p for p in pieces if p.is_optimizer_state], folder / layout.optimizer_name(rank))
     _write(_generators(), folder / layout.rng_name(rank), {})
     if rank == 0:
         (folder / layout.STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+    return fingerprint_pieces(pieces)
 
 
-def read_rank_files(engine: ZeroEngine, commit_dir: Path) -> None:
-    """Restores weights, optimiser, averages and generators of this rank from a verified commit.
-
-    Raises:
-        CheckpointError: DeepSpeed found nothing to load.
-    """
-    rank = dist.get_rank()
-    weights = load_file(commit_dir / layout.weights_name(rank if engine.is_partitioned else 0))
-    engine.load(commit_dir, weights)
-    _restore_generators(load_file(commit_dir / layout.rng_name(rank)))
+def _write_pieces(pieces: list[Piece], path: Path) -> None:
+    if pieces:
+        # Copies: safetensors refuses views of one storage, which is what ZeRO has.
+        flat = {p.name: p.flat.detach().to("cpu", copy=True) for p in pieces}
+        _write(flat, path, metadata_of(pieces))
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -76,7 +71,8 @@ def _generators() -> dict[str, Tensor]:
     return found
 
 
-def _restore_generators(saved: dict[str, Tensor]) -> None:
+def restore_generators(saved: dict[str, Tensor]) -> None:
+    """Sets this process's random generators to what `write_rank_files` saved of them."""
     torch.set_rng_state(saved["torch"])
     random.setstate((3, tuple(saved["python"].tolist()), None))
     words = saved["numpy"].tolist()

@@ -1,18 +1,17 @@
 """DeepSpeed, and nothing of it elsewhere: ZeRO stages 0 to 3 around any objective.
 
-Four things that DeepSpeed does silently and this file guards against: a frozen teacher's small
+Three things that DeepSpeed does silently and this file guards against: a frozen teacher's small
 parameters stay at an old value when only their shard is written; accumulation is counted inside
-the engine although stages change it; `latest` may name half a checkpoint; a step whose gradient is
-not finite is left out without a word.
+the engine although stages change it; a step whose gradient is not finite is left out without a
+word. Its checkpoints are not used at all (`zero_state`).
 """
 
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -23,9 +22,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from pipeline.checkpoint.layout import DEEPSPEED
+from pipeline.checkpoint.pieces import Piece, TensorSource
 from pipeline.clip import ClipBatch, Losses, Progress
-from pipeline.errors import CheckpointError
+from pipeline.engine.zero_held import shape_of
+from pipeline.engine.zero_state import ZeroState, refresh_gathered
 from pipeline.models.teacher import AveragedShard, TeacherAverage
 from pipeline.objectives import build_objective
 from pipeline.objectives.base import BuildOptions, Objective
@@ -90,6 +90,8 @@ class ZeroEngine:
         # DeepSpeed makes a group of its own, with a time-out of half an hour.
         group: Any = deepspeed_groups._get_data_parallel_group()
         distributed_c10d._set_pg_timeout(timedelta(seconds=config.peer_timeout_seconds), group)
+        modules = self.objective.modules()
+        self._state = ZeroState(modules, self._engine.optimizer, optimizer, self._stage)
         self.objective.averages = [
             self._average(student, teacher) for student, teacher in self.objective.averaged_pairs()
         ]
@@ -134,65 +136,37 @@ class ZeroEngine:
             for group in self._engine.optimizer.param_groups
         ]
 
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """This rank's fp32 pieces of all weights, averages in place of the teachers' storage.
+    def pieces(self) -> list[Piece]:
+        """This rank's pieces of all weights, averages and Adam's state, live.
+
+        The pieces of all ranks together cover every tensor once, at any ZeRO stage.
+        """
+        return self._state.pieces(self.objective.averages)
+
+    def load(self, source: TensorSource) -> None:
+        """Takes in what `pieces` gave out at any world size and ZeRO stage; all ranks call it.
+
+        Raises:
+            CheckpointError: A tensor is missing or has another shape.
+        """
+        self._state.load(source, self.objective.averages)
+
+    def load_weights(self, source: TensorSource) -> list[str]:
+        """Takes in the weights that a source has and leaves the optimiser fresh; all ranks call it.
+
+        An average of which the source has nothing becomes a copy of its student.
 
         Returns:
-            Pieces (flat) by name, and the shapes of the whole parameters by name.
-        """
-        averaged = {s.name: s for average in self.objective.averages for s in average.shards}
-        pieces: dict[str, Tensor] = {}
-        for average in self.objective.averages:
-            pieces.update(average.pieces())
-        shapes = {name: shard.shape for name, shard in averaged.items()}
-        for name, parameter in self.objective.modules().named_parameters():
-            if name not in averaged:
-                pieces[name] = self._fp32_piece(parameter).flatten()
-                shapes[name] = _shape(parameter)
-        return pieces, shapes
-
-    @property
-    def is_partitioned(self) -> bool:
-        """Whether each rank holds only its piece of a weight."""
-        return self._stage == 3
-
-    def save(self, folder: Path) -> None:
-        """Writes this rank's optimiser state below `folder`; all ranks call it.
+            Names of weights that the source lacks; they are as they were.
 
         Raises:
-            OSError, RuntimeError: A file could not be written; raised when DeepSpeed's last
-                collective is past, so that the other ranks are not left waiting in it.
+            CheckpointError: A weight has another shape.
         """
-        writer = self._engine.checkpoint_engine
-        write, failed = writer.save, []
+        return self._state.load_weights(source, self.objective.averages)
 
-        def note_failure(*arguments: Any, **named: Any) -> None:
-            try:
-                write(*arguments, **named)
-            except (OSError, RuntimeError) as error:
-                failed.append(error)
-
-        writer.save = note_failure
-        try:
-            self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
-        finally:
-            del writer.save
-        if failed:
-            raise failed[0]
-
-    def load(self, folder: Path, averages: dict[str, Tensor]) -> None:
-        """Restores what `save` wrote, and the averages, in a fresh engine of the same world.
-
-        Raises:
-            CheckpointError: DeepSpeed found nothing to load.
-        """
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=DEEPSPEED, load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise CheckpointError(f"DeepSpeed found no state in {folder}.")
-        for average in self.objective.averages:
-            average.load(averages)
+    def stale_copies(self) -> list[str]:
+        """Weights of which the network computes with something else than the optimiser holds."""
+        return self._state.stale_copies()
 
     def _gradient_norm(self) -> float:
         trained = self.objective.modules().parameters()
@@ -201,30 +175,33 @@ class ZeroEngine:
 
     def _average(self, student: nn.Module, teacher: nn.Module) -> TeacherAverage:
         names = {id(p): name for name, p in self.objective.modules().named_parameters()}
+        masters = self._state.full_fp32()
         pairs = list(zip(student.parameters(), teacher.parameters(), strict=True))
         shards = [
             AveragedShard(
                 name=names[id(old)],
-                numel=torch.Size(_shape(old)).numel(),
-                shape=_shape(old),
-                student_fp32=_lazily(self._fp32_piece, new),
+                numel=torch.Size(shape_of(old)).numel(),
+                shape=shape_of(old),
+                student_fp32=partial(self._fp32_piece, new, masters.get(names[id(new)])),
                 storage=self._storage(old),
             )
             for new, old in pairs
         ]
-        return TeacherAverage(shards=shards, refresh=lambda: _refresh([old for _, old in pairs]))
+        teachers = [old for _, old in pairs]
+        return TeacherAverage(shards=shards, refresh=partial(refresh_gathered, teachers))
 
     def _storage(self, parameter: Any) -> Tensor:
         return parameter.ds_tensor.data if self._stage == 3 else parameter.data.view(-1)
 
-    def _fp32_piece(self, parameter: nn.Parameter) -> Tensor:
+    def _fp32_piece(self, parameter: nn.Parameter, master: Tensor | None) -> Tensor:
+        """The student's counterpart of a teacher's storage, as the optimiser holds it."""
         if self._stage == 3:
-            if not parameter.requires_grad:
-                return parameter.ds_tensor.detach().float()  # pyright: ignore[reportAttributeAccessIssue]
             piece = safe_get_local_fp32_param(parameter)
         else:
-            piece = safe_get_full_fp32_param(parameter)
-        return parameter.detach().float().view(-1) if piece is None else piece.detach().view(-1)
+            piece = safe_get_full_fp32_param(parameter) if self._stage else master
+        if piece is None:
+            raise RuntimeError("the optimiser holds no fp32 copy of a trained parameter")
+        return piece.detach().view(-1)
 
 
 def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any]:
@@ -251,23 +228,6 @@ def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any
         "checkpoint": {"tag_validation": "Fail"},
     }
     return settings
-
-
-def _lazily(function: Callable[[nn.Parameter], Tensor], parameter: nn.Parameter) -> Any:
-    return lambda: function(parameter)
-
-
-def _refresh(parameters: list[nn.Parameter]) -> None:
-    # Small parameters stay gathered on every rank; writing the shard does not change that copy.
-    # Dropping it and gathering again does, in one collective for all of them.
-    kept: list[Any] = [p for p in parameters if getattr(p, "ds_persist", False)]
-    if kept:
-        kept[0].partition(kept)
-        kept[0].all_gather(kept)
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _quieten() -> None:
