@@ -7,6 +7,7 @@ Shape letters, used in names' suffixes and end-of-line comments throughout the p
     N  tokens of a clip, t-h-w order  K  tokens kept as context or asked for as target
     D  width of a token's feature     L  layers
     S  numbers in a state vector      A  numbers in an action vector
+    P  tokens of several clips and masks, one sequence after the other
 """
 
 from dataclasses import dataclass, fields, replace
@@ -75,11 +76,17 @@ class Clip:
 class MaskSet:
     """One mask of every clip of a micro-batch, as ascending token indices.
 
-    Context and target never share a token; tokens cut by truncation are in neither.
+    Context and target never share a token; tokens cut by truncation are in neither. Where clips
+    keep different numbers of tokens, rows are padded with index 0 beyond their length, and what
+    stands there must never be read.
     """
 
     context_BK: Tensor
     target_BK: Tensor
+    context_lengths: tuple[int, ...] | None = None
+    """Tokens of each row of `context_BK`, known to the host; None if all rows are full."""
+    target_lengths: tuple[int, ...] | None = None
+    """Tokens of each row of `target_BK`, known to the host; None if all rows are full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +122,7 @@ class ClipBatch:
     def _map(self, function: Any) -> "ClipBatch":
         changed: dict[str, Any] = {
             "masks": tuple(
-                MaskSet(context_BK=function(m.context_BK), target_BK=function(m.target_BK))
+                replace(m, context_BK=function(m.context_BK), target_BK=function(m.target_BK))
                 for m in self.masks
             )
         }
