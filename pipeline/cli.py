@@ -115,6 +115,11 @@ VERBS = (
         help="Check a dataset's digests, tars, index and clips.",
     ),
     Verb(
+        words="prep preview",
+        function="pipeline.commands.preview:preview",
+        help="Draw clips of a dataset as the model gets them, stage by stage.",
+    ),
+    Verb(
         words="prep stats",
         function="data_prep.look:stats",
         help="Count a dataset and draw its histograms.",

@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.data.order import Purpose, random_units
 
 _NUM_TRIES = 10
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # Lives as long as the process: torch drops the schemas with the object that declared them.
 _missing_schemas: torch.library.Library | None = None
 
@@ -122,10 +122,8 @@ def crop(frames_THWC: np.ndarray, box: CropBox, resolution: int, *, antialias: b
 
 def normalise(video: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [..., C, T, H, W] to floats with ImageNet's mean and deviation, on its device."""
-    mean = torch.tensor(_IMAGENET_MEAN, device=video.device).mul_(255).view(3, 1, 1, 1)
-    scale = (
-        torch.tensor(_IMAGENET_STD, device=video.device).mul_(255).reciprocal_().view(3, 1, 1, 1)
-    )
+    mean = torch.tensor(IMAGENET_MEAN, device=video.device).mul_(255).view(3, 1, 1, 1)
+    scale = torch.tensor(IMAGENET_STD, device=video.device).mul_(255).reciprocal_().view(3, 1, 1, 1)
     return video.to(torch.float32).sub_(mean).mul_(scale).to(dtype)
 
 

@@ -1,0 +1,142 @@
+"""Our networks as a folder that transformers' `VJEPA2Model` (5.23) loads strictly.
+
+transformers itself is not needed for it.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import CheckpointError
+from pipeline.exchange.layout import Networks
+from pipeline.exchange.names import hf_recipe
+from pipeline.exchange.tensors import write_safetensors
+from pipeline.models.encoder import EncoderConfig
+from pipeline.models.layers import NORM_EPS, ModelDims
+from pipeline.models.predictor import PredictorConfig
+
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "video_preprocessor_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What transformers would compute otherwise than jepa if it were anything else.
+FIXED = {
+    "model_type": "vjepa2",
+    "in_chans": 3,
+    "hidden_act": "gelu",
+    "layer_norm_eps": NORM_EPS,
+    "qkv_bias": True,
+}
+
+
+def hf_config(networks: Networks, *, frames: int, resolution: int) -> dict[str, Any]:
+    """The config.json that describes our networks.
+
+    Raises:
+        CheckpointError: transformers 5.23 cannot express them; every reason is named.
+    """
+    predictor = networks.predictor
+    reasons = inexpressible(networks)
+    if predictor is None or reasons:
+        raise CheckpointError(
+            "These networks cannot be said in transformers' VJEPA2Model: "
+            + "; ".join([*reasons, *(["there is no predictor"] if predictor is None else [])])
+            + ".",
+            remedy="Export them with --format safetensors.",
+        )
+    networks.encoder.grid(frames, resolution)  # refuses clips that cannot be cut into whole tokens
+    dims, narrow = networks.encoder.dims, predictor.dims
+    return {
+        "architectures": ["VJEPA2Model"],
+        **FIXED,
+        "patch_size": networks.encoder.patch_size,
+        "tubelet_size": networks.encoder.tubelet_size,
+        "crop_size": resolution,
+        "frames_per_clip": frames,
+        "hidden_size": dims.width,
+        "num_hidden_layers": dims.depth,
+        "num_attention_heads": dims.heads,
+        "mlp_ratio": _ratio(dims),
+        "drop_path_rate": 0.0,
+        "attention_dropout": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "pred_hidden_size": narrow.width,
+        "pred_num_hidden_layers": narrow.depth,
+        "pred_num_attention_heads": narrow.heads,
+        "pred_mlp_ratio": _ratio(narrow),
+        "pred_num_mask_tokens": predictor.num_mask_tokens,
+        "pred_zero_init_mask_tokens": True,
+        "num_pooler_layers": 3,
+    }
+
+
+def inexpressible(networks: Networks) -> list[str]:
+    """What of our networks transformers 5.23 has no words for."""
+    reasons = []
+    if networks.rope != "tiled":
+        reasons.append(f"rotary positions are {networks.rope}, it knows `tiled` alone")
+    plain = EncoderConfig()
+    known = {"size", "width", "depth", "heads", "mlp_hidden", "patch_size", "tubelet_size"}
+    for name in sorted(set(EncoderConfig.model_fields) - known):
+        value = getattr(networks.encoder, name)
+        if value != getattr(plain, name):
+            reasons.append(f"encoder.{name} is {value}")
+    if networks.predictor is not None:
+        usual = PredictorConfig()
+        sizes = {"width", "depth", "heads", "mlp_hidden", "num_mask_tokens"}
+        for name in sorted(set(PredictorConfig.model_fields) - sizes):
+            value = getattr(networks.predictor, name)
+            if value != getattr(usual, name):
+                reasons.append(f"predictor.{name} is {value}")
+    return reasons
+
+
+def write_hf(
+    folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes config, weights and video processor; `tensors` are `encoder.*` and `predictor.*`."""
+    home = write_safetensors(folder, "model", _hf_tensors(tensors))
+    if len(set(home.values())) > 1:
+        total = sum((folder / name).stat().st_size for name in set(home.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": home}
+        _write_json(folder / WEIGHTS_INDEX, index)
+    _write_json(folder / CONFIG_FILE, config)
+    _write_json(folder / PROCESSOR_FILE, processor_config(int(config["crop_size"])))
+
+
+def processor_config(resolution: int) -> dict[str, Any]:
+    """What `AutoVideoProcessor` does to a clip: the one view of jepa's evaluation."""
+    return {
+        "video_processor_type": "VJEPA2VideoProcessor",
+        "crop_size": {"height": resolution, "width": resolution},
+        "size": {"shortest_edge": int(resolution * 256 / 224)},
+        "resample": 2,  # bilinear
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def _hf_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield from hf_recipe(name, tuple(tensor.shape)).split(tensor)
+
+
+def _ratio(dims: ModelDims) -> float:
+    """A ratio from which transformers computes exactly our hidden width, rounding down."""
+    ratio = dims.mlp_hidden / dims.width
+    while int(dims.width * ratio) < dims.mlp_hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+"""Folders of transformers' `VJEPA2Model` (5.23), read strictly and without transformers."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.errors import CheckpointError
+from pipeline.exchange.hf_export import CONFIG_FILE, FIXED, WEIGHTS, WEIGHTS_INDEX
+from pipeline.exchange.layout import Networks
+from pipeline.exchange.names import hf_recipe, translate
+from pipeline.exchange.sizes import canonical, expected_shapes
+from pipeline.exchange.source import ImportOptions, Source
+from pipeline.exchange.tensors import open_safetensors, read_json
+from pipeline.files import sha256_of
+from pipeline.models.encoder import EncoderConfig
+from pipeline.models.predictor import PredictorConfig
+
+# transformers' own defaults, for what a config.json leaves out.
+_DEFAULTS: dict[str, Any] = {
+    **FIXED,
+    "patch_size": 16,
+    "tubelet_size": 2,
+    "crop_size": 256,
+    "frames_per_clip": 64,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "mlp_ratio": 4.0,
+    "pred_hidden_size": 384,
+    "pred_num_hidden_layers": 12,
+    "pred_num_attention_heads": 12,
+    "pred_mlp_ratio": 4.0,
+    "pred_num_mask_tokens": 10,
+}
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a path is a folder of transformers with safetensors weights."""
+    has_weights = (path / WEIGHTS).is_file() or (path / WEIGHTS_INDEX).is_file()
+    return has_weights and (path / CONFIG_FILE).is_file()
+
+
+def read_hf(folder: Path, options: ImportOptions) -> Source:
+    """Networks of a `VJEPA2Model` folder: the config names all sizes, the weights must have them.
+
+    Args:
+        folder: With config.json and safetensors, in one file or several with an index.
+        options: Clip size, if it is not the config's; heads are the config's.
+
+    Raises:
+        CheckpointError: The folder is no such model, or is not whole; every reason is named.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    networks = _networks_of(config, folder, options)
+    files = _weight_files(folder)
+    tensors = translate(open_safetensors(files), expected_shapes(networks), hf_recipe, str(folder))
+    digests = {path.name: sha256_of(path) for path in (folder / CONFIG_FILE, *files)}
+    told = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return Source(
+        networks=networks,
+        tensors=tensors,
+        provenance={"format": "hf", "source": str(folder), "sha256": told, "files": digests},
+        notes=("the folder holds one encoder: it serves as student and as teacher",),
+    )
+
+
+def _networks_of(config: Mapping[str, Any], folder: Path, options: ImportOptions) -> Networks:
+    whole = {**_DEFAULTS, **config}
+    patch = whole["patch_size"]
+    if isinstance(patch, list) and len(set(patch)) == 1:
+        whole["patch_size"] = patch[0]
+    wrong = [
+        f"{key} is {config.get(key)!r}, expected {value!r}"
+        for key, value in FIXED.items()
+        if (config.get(key) if key == "model_type" else whole[key]) != value
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is not of a model that jepa has: {'; '.join(wrong)}.",
+            remedy="Give the folder of a VJEPA2Model.",
+        )
+    try:
+        narrow = whole["pred_hidden_size"]
+        narrow_hidden = int(narrow * whole["pred_mlp_ratio"])
+        return Networks(
+            encoder=canonical(
+                EncoderConfig(
+                    width=whole["hidden_size"],
+                    depth=whole["num_hidden_layers"],
+                    heads=whole["num_attention_heads"],
+                    mlp_hidden=int(whole["hidden_size"] * whole["mlp_ratio"]),
+                    patch_size=whole["patch_size"],
+                    tubelet_size=whole["tubelet_size"],
+                )
+            ),
+            predictor=PredictorConfig(
+                width=narrow,
+                depth=whole["pred_num_hidden_layers"],
+                heads=whole["pred_num_attention_heads"],
+                mlp_hidden=None if narrow_hidden == 4 * narrow else narrow_hidden,
+                num_mask_tokens=whole["pred_num_mask_tokens"],
+            ),
+            frames=options.frames or whole["frames_per_clip"],
+            resolution=options.resolution or whole["crop_size"],
+        )
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} holds sizes that cannot be built: {error}",
+            remedy="Check the file against the model's own page.",
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    home = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    names: set[Any] = set(home.values()) if isinstance(home, dict) else {None}
+    # A name with a slash in it would read files outside the folder.
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_INDEX}: expected names of files in the folder, got {strange}.",
+            remedy="Fetch the folder again from a source that you trust.",
+        )
+    return [folder / name for name in sorted(names)]

@@ -1,0 +1,85 @@
+"""Networks ready to use, for evaluators and for our own probes."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from pipeline.errors import CheckpointError
+from pipeline.exchange.layout import Networks
+from pipeline.exchange.open import open_networks
+from pipeline.exchange.source import Source
+from pipeline.exchange.tensors import Tensors
+from pipeline.models.attention import AttentionConfig
+from pipeline.models.encoder import Encoder
+from pipeline.models.predictor import Predictor
+
+_Network = TypeVar("_Network", Encoder, Predictor)
+
+
+def load_encoder(
+    path: Path | str,
+    *,
+    which: Literal["teacher", "student"] = "teacher",
+    step: int | None = None,
+) -> Encoder:
+    """A frozen encoder in fp32 on the CPU, from whatever holds one.
+
+    `encoder(video_BCTHW)` gives [B, N, D] after the final norm, with the video normalised by
+    ImageNet's mean and deviation (`pipeline.data.augment.normalise` does it from uint8).
+
+    Args:
+        path: A run, one of its checkpoints, an exchange folder, or a folder of transformers.
+        which: The averaged teacher, which evaluations use, or the student; where a folder holds
+            one encoder it is that one.
+        step: Which checkpoint of a run; the newest otherwise.
+
+    Raises:
+        UsageError: There is nothing of the kind at `path`.
+        CheckpointError: It is damaged, or holds the other encoder alone.
+    """
+    return build_encoder(open_networks(Path(path), step), which)
+
+
+def build_encoder(source: Source, which: Literal["teacher", "student"]) -> Encoder:
+    """The encoder of networks that are open.
+
+    Raises:
+        CheckpointError: They hold the other encoder alone.
+    """
+    role = source.networks.encoder_is
+    if not source.has_teacher and role not in ("unknown", which):
+        raise CheckpointError(
+            f"{source.provenance.get('exchange', source.provenance['source'])} holds the {role}'s "
+            f"weights alone, the {which}'s were asked for.",
+            remedy=f"Ask for the {role}.",
+        )
+    with torch.device("meta"):  # only the shapes: weights are read
+        encoder = Encoder(source.networks.encoder, attention=_attention(source.networks))
+    return _filled(encoder, source.encoder(which))
+
+
+def build_predictor(source: Source) -> Predictor:
+    """The predictor of networks that are open.
+
+    Raises:
+        CheckpointError: They have none.
+    """
+    config = source.networks.predictor
+    if config is None:
+        raise CheckpointError(f"{source.provenance['source']} holds no predictor.")
+    width = source.networks.encoder.dims.width
+    with torch.device("meta"):
+        predictor = Predictor(config, encoder_width=width, attention=_attention(source.networks))
+    return _filled(predictor, source.tensors.below("predictor."))
+
+
+def _attention(networks: Networks) -> AttentionConfig:
+    # The kernel of the training need not be there; the result is the same.
+    return AttentionConfig(backend="sdpa", rope=networks.rope)
+
+
+def _filled(module: _Network, tensors: Tensors) -> _Network:
+    state = {name: tensor.float() for name, tensor in tensors}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,224 @@
+"""Networks into a new folder: as exchange, for transformers, or in the official layout."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, StorageError, UsageError
+from pipeline.exchange.card import CARD_FILE, CardFacts, card
+from pipeline.exchange.difference import Difference, measure
+from pipeline.exchange.hf_export import CONFIG_FILE, hf_config, write_hf
+from pipeline.exchange.layout import EXCHANGE_FILE, WEIGHTS_STEM, Exchange, Networks, write_exchange
+from pipeline.exchange.names import official_recipe
+from pipeline.exchange.source import Source
+from pipeline.exchange.tensors import Tensors, joined, write_safetensors
+from pipeline.exchange.training import training_facts
+from pipeline.files import publish, sync_file, sync_folder
+
+Format = Literal["hf", "safetensors", "vjepa2"]
+Which = Literal["teacher", "student"]
+OFFICIAL_FILE = "checkpoint.pt"
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportRequest:
+    """What is to be written."""
+
+    format: Format
+    weights: Which = "teacher"
+    """Whose encoder stands in the export."""
+    frames: int | None = None
+    """Clip length to name; that of the source otherwise."""
+    resolution: int | None = None
+    """Clip size to name, which fixes transformers' positions; that of the source otherwise."""
+    force: bool = False
+    """Replace an earlier export of this name."""
+    check: bool = True
+    """Compare with transformers, where it is installed and can load the format."""
+    license: str | None = None
+    """Licence for the card."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    networks: Networks
+    difference: Difference | None
+    notes: tuple[str, ...]
+
+
+def import_networks(source: Source, out: Path, *, force: bool, report: Report) -> Exchange:
+    """Writes an exchange folder.
+
+    Raises:
+        UsageError: `out` exists, and is not to be replaced.
+        StorageError: It cannot be written.
+    """
+    with new_folder(out, force=force) as folder:
+        home = write_safetensors(folder, WEIGHTS_STEM, _counted(source.tensors, report))
+        told = {**source.provenance, "notes": list(source.notes)}
+        return write_exchange(folder, source.networks, told, sorted(set(home.values())))
+
+
+def export_networks(source: Source, out: Path, request: ExportRequest, report: Report) -> Exported:
+    """Writes a folder that others read, with a model card.
+
+    Args:
+        source: Any networks that were opened.
+        out: The folder to make.
+        request: Format, whose weights, and what to say of clips.
+        report: Told tensors written and their total.
+
+    Raises:
+        UsageError: `out` exists, or the clip's size is not known.
+        CheckpointError: The format cannot express these networks.
+        ConfigError: The clip cannot be cut into whole tokens.
+        StorageError: It cannot be written.
+    """
+    networks, notes = _chosen(source, request)
+    tensors = _tensors(source, request.weights)
+    training = training_facts(source)
+    difference, config = None, {}
+    if request.format == "hf":
+        frames, resolution = _clip(networks)
+        config = hf_config(networks, frames=frames, resolution=resolution)
+    with new_folder(out, force=request.force) as folder:
+        if request.format == "hf":
+            write_hf(folder, config, _counted(tensors, report))
+            if request.check:
+                difference = measure(folder, networks, tensors)
+        elif request.format == "safetensors":
+            home = write_safetensors(folder, WEIGHTS_STEM, _counted(tensors, report))
+            told = {**source.provenance, "notes": [*source.notes, *notes], "training": training}
+            write_exchange(folder, networks, told, sorted(set(home.values())))
+        else:
+            _write_official(folder, source, report)
+        facts = CardFacts(
+            name=out.name,
+            networks=networks,
+            weights=request.weights,
+            format=request.format,
+            license=request.license,
+            difference=difference,
+            checked=request.check,
+            provenance=source.provenance,
+            notes=(*source.notes, *notes),
+            training=training,
+        )
+        (folder / CARD_FILE).write_text(card(facts), encoding="utf-8")
+    return Exported(path=out, networks=networks, difference=difference, notes=notes)
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder under another name that becomes `out` when the block ends without an error.
+
+    Raises:
+        UsageError: `out` exists and may not be replaced, or is nothing that was made here.
+        StorageError: The file system refuses.
+    """
+    _check_free(out, force=force)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            sync_file(path)
+        sync_folder(partial)
+        _replace(partial, out)
+    except OSError as error:
+        where = error.filename or out
+        raise StorageError(f"Cannot write {where}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_free(out: Path, *, force: bool) -> None:
+    if not out.exists():
+        return
+    if not force:
+        raise UsageError(f"{out} exists already.", remedy="Choose another OUT, or add --force.")
+    made_here = (EXCHANGE_FILE, CONFIG_FILE, OFFICIAL_FILE)
+    if not any((out / name).is_file() for name in made_here):
+        raise UsageError(
+            f"{out} is no import or export: --force would remove what it is.",
+            remedy="Choose another OUT, or remove it yourself.",
+        )
+
+
+def _replace(partial: Path, out: Path) -> None:
+    old = None
+    if out.exists():
+        old = out.with_name(f"{out.name}.old-{os.getpid()}")
+        out.rename(old)
+    publish(partial, out)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _chosen(source: Source, request: ExportRequest) -> tuple[Networks, tuple[str, ...]]:
+    """The networks as exported, and what has to be said of the choice."""
+    networks, notes = source.networks, ()
+    role = networks.encoder_is
+    if source.has_teacher:
+        role = request.weights
+    elif role == "unknown":
+        notes = ("the source holds one encoder; it does not say whether it is the averaged one",)
+    elif role != request.weights:
+        raise CheckpointError(
+            f"The source holds the {role}'s weights alone, the {request.weights}'s were asked for.",
+            remedy=f"Export with --weights {role}.",
+        )
+    changes = {
+        "encoder_is": role,
+        "frames": request.frames or networks.frames,
+        "resolution": request.resolution or networks.resolution,
+    }
+    return networks.model_copy(update=changes), notes
+
+
+def _clip(networks: Networks) -> tuple[int, int]:
+    if networks.frames is None or networks.resolution is None:
+        raise UsageError(
+            "The source does not say what clips the networks were trained on.",
+            remedy="Give --frames and --resolution, as 64 and 256 for fpc64-256.",
+        )
+    return networks.frames, networks.resolution
+
+
+def _tensors(source: Source, weights: Which) -> Tensors:
+    predictor = source.tensors.below("predictor.").above("predictor.")
+    return joined(source.encoder(weights).above("encoder."), predictor)
+
+
+def _write_official(folder: Path, source: Source, report: Report) -> None:
+    """Networks as the official trainer saves them; its own readers take them strictly."""
+    content: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _counted(source.tensors, report):
+        network, _, _ = name.partition(".")
+        key = "target_encoder" if network == "teacher" else network
+        for part, piece in official_recipe(name, tuple(tensor.shape)).split(tensor):
+            inner = part.partition(".")[2]
+            content.setdefault(key, {})[f"module.backbone.{inner}"] = piece.clone()
+    # The official evaluation reads `target_encoder`, its hub entry points `encoder`.
+    content.setdefault("target_encoder", content["encoder"])
+    torch.save(content, folder / OFFICIAL_FILE)
+
+
+def _counted(tensors: Tensors, report: Report) -> Iterator[tuple[str, Tensor]]:
+    for number, (name, tensor) in enumerate(tensors):
+        report(number, len(tensors.shapes))
+        yield name, tensor
+    report(len(tensors.shapes), len(tensors.shapes))
