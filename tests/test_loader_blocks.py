@@ -42,7 +42,7 @@ def test_blocks_are_used_again_and_micro_batches_stay_right(folder, expected):
         found, lent = [], []
         for batch in loader:
             found.append(digest(batch.video_BCTHW))
-            lent.append(len(loader._returns._lent))
+            lent.append(len(loader._crew._returns._lent))
             del batch
     assert found == expected
     # Every one lay in one of the three blocks, and its predecessor's was free again.

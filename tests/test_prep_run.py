@@ -113,7 +113,7 @@ def test_a_worker_killed_once_costs_nothing_but_time(
 ) -> None:
     out = tmp_path / "dataset"
     report = prepare_under_fire(sources, out, "v6_slow.mp4", times=1)
-    assert "decoder died" not in report.rejected
+    assert "decoder killed" not in report.rejected
     assert visible_files(out) == visible_files(undisturbed)
 
 
@@ -122,9 +122,9 @@ def test_a_source_that_kills_its_worker_twice_is_left_out_and_named(
 ) -> None:
     out = tmp_path / "dataset"
     report = prepare_under_fire(sources, out, "v6_slow.mp4", times=2)
-    assert report.rejected == {"decoder died": 1, "empty": 1, "not a video": 1}
+    assert report.rejected == {"decoder killed": 1, "empty": 1, "not a video": 1}
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").open()]
-    assert [line["source"] for line in rejected if line["reason"] == "decoder died"] == [
+    assert [line["source"] for line in rejected if line["reason"] == "decoder killed"] == [
         "v6_slow.mp4"
     ]
     differing = {
@@ -151,7 +151,7 @@ def test_a_source_at_which_the_decoder_hangs_is_left_out_and_the_rest_goes_on(
     settings = PrepSettings(short_side=64, videos_per_shard=3, time_limit_seconds=1.5)
     videos = [sources / f"v{number}.mp4" for number in range(9)]
     report = prepare(videos, tmp_path / "out", settings)
-    assert (report.rejected, report.num_samples) == ({"decoder died": 1}, 8)
+    assert (report.rejected, report.num_samples) == ({"decoder killed": 1}, 8)
 
 
 def test_a_second_run_does_only_what_is_missing_and_changes_nothing(

@@ -20,7 +20,7 @@ class BadReason(StrEnum):
     MEMORY_LIMIT = "memory limit"
     DAMAGED = "damaged"
     MISSING_MEMBER = "missing member"
-    DECODER_DIED = "decoder died"
+    DECODER_KILLED = "decoder killed"
 
 
 class BadMediaError(Exception):

@@ -6,7 +6,9 @@ ever waits: if none is free, the worker takes fresh memory, and torch frees it a
 """
 
 import math
+import shutil
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,9 +17,35 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.clip import ClipBatch, MaskSet
+from pipeline.errors import StorageError
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's own name for it
 
 # All tensors of a micro-batch but its video and its masks.
 _SMALL = ("times_BT", "states_BTS", "actions_BTA")
+
+
+def require_shared_memory(num_bytes: int, whose: str, folder: Path = SHARED_MEMORY) -> None:
+    """Make sure before a run that its micro-batches will fit; without, a worker dies of SIGBUS.
+
+    Args:
+        num_bytes: What all loader workers on this machine take.
+        whose: Who takes it, for the message.
+        folder: Where the shared memory is mounted; where there is none, nothing is checked.
+
+    Raises:
+        StorageError: There is less.
+    """
+    if not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise StorageError(
+            f"shared memory {folder}: need {num_bytes / 2**20:.0f} MiB for {whose}, "
+            f"have {free / 2**20:.0f} MiB",
+            remedy="Use fewer data.workers, a smaller data.prefetch, or a larger /dev/shm "
+            "(`docker run --shm-size`, a memory-backed emptyDir in Kubernetes).",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,21 +124,21 @@ class SharedMemory:
     """What the training process and its workers share; pickled to each worker."""
 
     blocks: Blocks
-    position_W: Tensor
-    """Global position that each worker is loading, int64; -1 before its first."""
+    at_W2: Tensor
+    """Global position and attempt that each worker is loading, int64; -1 while it loads none."""
 
     @classmethod
     def make(cls, num_workers: int, num_blocks: int) -> Self:
         """Memory for some workers with some blocks each, all free."""
         in_use_WN = torch.zeros((num_workers, num_blocks), dtype=torch.uint8).share_memory_()
-        position_W = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
-        return cls(blocks=Blocks(in_use_WN), position_W=position_W)
+        at_W2 = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
+        return cls(blocks=Blocks(in_use_WN), at_W2=at_W2)
 
-    def note_position(self, position: int) -> None:
-        """Leave word of what this worker is at, for the case that it dies of it."""
+    def note(self, position: int, attempt: int) -> None:
+        """Leave word of what this worker is at, for the case that it dies of it; -1 for nothing."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None:
-            self.position_W[worker.id] = position
+            self.at_W2[worker.id, 0], self.at_W2[worker.id, 1] = position, attempt
 
 
 class Returns:

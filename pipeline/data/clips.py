@@ -4,16 +4,19 @@ One bad video never shifts the order: its place is taken by a deterministic subs
 same source, and the fault travels with the clip, so that the run can name, count and bound it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from pipeline.clip import Clip, ClipRef, MicroBatchPlan, SampleFault
 from pipeline.data.augment import CropBox, CropSpec, crop, random_box
 from pipeline.data.badmedia import BadMediaError, BadReason
 from pipeline.data.companions import read_companions
+from pipeline.data.confine import confined
 from pipeline.data.decode import decode_frames
 from pipeline.data.format import IndexRecord, Member, ShardIndex
 from pipeline.data.order import OrderSpec, Purpose, clip_ref, random_units
@@ -49,9 +52,21 @@ class LoadClip:
     config: DataConfig
     order: OrderSpec
     datasets: tuple[ShardIndex, ...]
+    deadly: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """Source and number of samples that killed a worker, and how; not tried again."""
 
-    def __call__(self, position: int, plan: MicroBatchPlan) -> Clip:
+    def __call__(
+        self,
+        position: int,
+        plan: MicroBatchPlan,
+        note: Callable[[int, int], None] = lambda _position, _attempt: None,
+    ) -> Clip:
         """The clip at a global position, in the size that the plan asks for.
+
+        Args:
+            position: Global position.
+            plan: The micro-batch that it belongs to.
+            note: Is told position and attempt before they are tried.
 
         Raises:
             DataError: The sample and all its substitutes are bad.
@@ -60,6 +75,7 @@ class LoadClip:
         faults: list[SampleFault] = []
         for attempt in range(1 + self.config.max_substitutes):
             ref = clip_ref(self.order, position, attempt)
+            note(position, attempt)
             try:
                 return replace(self._load(ref, plan), faults=tuple(faults))
             except BadMediaError as error:
@@ -72,14 +88,22 @@ class LoadClip:
         error.faults = tuple(faults)
         raise error
 
-    def describe(self, position: int) -> str:
+    def sample_at(self, position: int, attempt: int) -> tuple[int, int]:
+        """Source and number of the sample that an attempt at a position tries."""
+        ref = clip_ref(self.order, position, attempt)
+        return ref.source, ref.sample
+
+    def describe(self, position: int, attempt: int = 0) -> str:
         """The sample at a global position, for messages."""
-        ref = clip_ref(self.order, position)
+        ref = clip_ref(self.order, position, attempt)
         dataset = self.datasets[ref.source]
         record = dataset.record(ref.sample)
         return f"{record.key} in {dataset.shard_path(record)} (position {position})"
 
     def _load(self, ref: ClipRef, plan: MicroBatchPlan) -> Clip:
+        how = self.deadly.get((ref.source, ref.sample))
+        if how is not None:
+            raise BadMediaError(BadReason.DECODER_KILLED, how)
         dataset = self.datasets[ref.source]
         record = dataset.record(ref.sample)
         payload = dataset.read_member(record, Member.VIDEO)
@@ -90,7 +114,10 @@ class LoadClip:
             boxes.append(self._box(ref.position, height, width))
             return boxes[-1].rows_and_columns
 
-        decoded = decode_frames(payload, times_T, self.config.decode, part)
+        # The training process itself, which decodes if there are no workers, must not die.
+        in_worker = get_worker_info() is not None
+        with confined(self.config.decode) if in_worker else nullcontext():
+            decoded = decode_frames(payload, times_T, self.config.decode, part)
         video_CTHW = crop(
             decoded.frames_THWC,
             boxes[-1].inside,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.confine import DecodeLimits
 from pipeline.data.media import (
-    DecodeLimits,
     MediaReader,
     TimedFrame,
     VideoFrame,

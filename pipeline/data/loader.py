@@ -5,27 +5,21 @@ number of them gives the same micro-batches, and a resume starts them at the nex
 """
 
 import atexit
-import multiprocessing.connection
-import threading
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
-
-import torch
-from torch.utils.data import DataLoader, IterableDataset
+from typing import Self
 
 from pipeline.clip import ClipBatch
-from pipeline.data import worker
-from pipeline.data.blocks import Returns, Sent, SharedMemory
+from pipeline.data.blocks import SharedMemory
+from pipeline.data.casualties import Casualties
 from pipeline.data.clips import LoadClip, make_order, open_sources
+from pipeline.data.crew import Crew, WorkersDiedError
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Collate, Plans, micro_batches
-from pipeline.errors import DataError, JepaError
-
-# Workers finish the clip they are at; they hold nothing worth waiting for any longer.
-_CLOSE_SECONDS = 5.0
-_DEATH_SECONDS = 2.0
+from pipeline.errors import DataError
 
 
 def make_loader(
@@ -52,10 +46,26 @@ def make_loader(
     datasets = open_sources(config)
     order = make_order(config, datasets, seed)
     load_clip = LoadClip(config=config, order=order, datasets=datasets)
-    # Per worker: those ready, the one in training, and the one before it, let go a step later.
-    memory = SharedMemory.make(config.workers, config.prefetch + 2)
-    stream = micro_batches(plans, load_clip, collate, memory)
-    return Loader(_data_loader(stream, config, pin=pin), memory, load_clip)
+    return Loader(CrewStart(load_clip=load_clip, plans=plans, collate=collate, pin=pin))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrewStart:
+    """Starts workers, the first ones or others in their place."""
+
+    load_clip: LoadClip
+    plans: Plans
+    collate: Collate
+    pin: bool
+
+    def __call__(self, skip: int, deadly: dict[tuple[int, int], str]) -> Crew:
+        """Workers that begin behind the first `skip` plans and leave `deadly` samples out."""
+        config = self.load_clip.config
+        # Per worker: those ready, the one in training, and the one before it, let go a step later.
+        memory = SharedMemory.make(config.workers, config.prefetch + 2)
+        load_clip = replace(self.load_clip, deadly=dict(deadly))
+        stream = micro_batches(self.plans, load_clip, self.collate, memory, skip)
+        return Crew(stream, config, memory, pin=self.pin)
 
 
 class Loader:
@@ -65,18 +75,14 @@ class Loader:
         wait_seconds: How long the last `next()` waited for its micro-batch.
     """
 
-    def __init__(
-        self, data_loader: DataLoader[Sent | JepaError], memory: SharedMemory, load_clip: LoadClip
-    ) -> None:
+    def __init__(self, start: CrewStart) -> None:
         self.wait_seconds = 0.0
-        self._budget = ErrorBudget(load_clip.config)
-        self._returns = Returns(memory.blocks.in_use_WN)
-        self._position_W = memory.position_W
-        self._describe = load_clip.describe
-        self._batches: Iterator[Any] | None = iter(data_loader)
-        # A private list, but the only way to learn a worker's exit code and to end one that
-        # hangs; absent without workers.
-        self._workers = list(getattr(self._batches, "_workers", ()))
+        self._start = start
+        self._budget = ErrorBudget(start.load_clip.config)
+        self._casualties = Casualties(start.load_clip)
+        self._notices: list[str] = []
+        self._delivered = 0
+        self._crew: Crew | None = start(0, {})
         # Before multiprocessing's own exit handler, which would wait for workers for ever.
         atexit.register(self.close)
 
@@ -88,44 +94,31 @@ class Loader:
 
         Raises:
             StopIteration: The plans are done, or the loader is closed.
-            DataError: Too many bad samples, or a worker died.
+            DataError: Too many bad samples, or too many workers died.
         """
-        if self._batches is None:
-            raise StopIteration
-        self._returns.collect()
         begin = time.monotonic()
-        try:
-            item = next(self._batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            # An OSError if the worker died while its memory was being handed over; then its exit
-            # code may not have come yet.
-            deaths = self._deaths(0.0 if isinstance(error, RuntimeError) else _DEATH_SECONDS)
-            if not deaths:
-                raise
-            raise _worker_died(deaths) from error
+        batch = self._next_batch()
         self.wait_seconds = time.monotonic() - begin
-        if isinstance(item, JepaError):
-            raise item
-        batch = self._returns.receive(item)
+        self._delivered += 1
         self._budget.charge(batch)
         return batch
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers at work."""
+        return [process.pid for process in self._crew.processes] if self._crew else []
+
+    def take_notices(self) -> list[str]:
+        """What has happened to the workers since the last call, one line each."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def close(self) -> None:
         """End the workers, within seconds also if one hangs."""
         atexit.unregister(self.close)
-        batches, self._batches = self._batches, None
-        # Private as well: the public way is to delete the iterator, which waits without a limit
-        # if a worker was killed while it held the queue's lock.
-        shutdown = getattr(batches, "_shutdown_workers", None)
-        if shutdown is not None:
-            closing = threading.Thread(target=shutdown, daemon=True)
-            closing.start()
-            closing.join(_CLOSE_SECONDS)
-        for process in self._workers:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        self._workers = []
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.close()
 
     def __enter__(self) -> Self:
         return self
@@ -138,14 +131,23 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _deaths(self, wait_seconds: float) -> list[tuple[int, str]]:
-        """Exit code of every worker that died, and the sample that it was at."""
-        multiprocessing.connection.wait([p.sentinel for p in self._workers], wait_seconds)
-        return [
-            (process.exitcode, self._describe(position) if position >= 0 else "its first sample")
-            for process, position in zip(self._workers, self._position_W.tolist(), strict=True)
-            if process.exitcode not in (None, 0)
-        ]
+    def _next_batch(self) -> ClipBatch:
+        while self._crew is not None:
+            try:
+                return self._crew.next()
+            except WorkersDiedError as error:
+                self._replace(self._crew, error)
+        raise StopIteration
+
+    def _replace(self, crew: Crew, error: WorkersDiedError) -> None:
+        """New workers go on at the first micro-batch that was not delivered."""
+        lost = self._casualties.count(error.deaths)
+        crew.close(at_once=True)
+        notice = f"{lost}, restarted behind micro-batch {self._delivered}"
+        # Only the first rank keeps events; the log of each rank has its own workers' story.
+        sys.stderr.write(f"loader: {notice}\n")
+        self._notices.append(notice)
+        self._crew = self._start(self._delivered, self._casualties.deadly)
 
 
 class ErrorBudget:
@@ -176,42 +178,3 @@ class ErrorBudget:
             )
             error.faults = batch.faults
             raise error
-
-
-def _data_loader(
-    stream: IterableDataset[Sent | JepaError], config: DataConfig, *, pin: bool
-) -> DataLoader[Sent | JepaError]:
-    always: dict[str, Any] = {
-        "batch_size": None,
-        "collate_fn": _as_it_is,
-        "pin_memory": pin,
-        # It draws a seed, which must not come from the generator that weights are drawn from.
-        "generator": torch.Generator(),
-    }
-    if config.workers == 0:
-        return DataLoader(stream, **always)
-    return DataLoader(
-        stream,
-        **always,
-        num_workers=config.workers,
-        prefetch_factor=config.prefetch,
-        multiprocessing_context=worker.start_server(),
-        worker_init_fn=worker.begin,
-    )
-
-
-def _worker_died(deaths: list[tuple[int, str]]) -> DataError:
-    causes = "; ".join(f"{worker.cause_of_death(code)}, at {sample}" for code, sample in deaths)
-    if any(code in worker.OUT_OF_MEMORY for code, _ in deaths):
-        remedy = (
-            "Use fewer data.workers, a smaller data.prefetch or a larger /dev/shm (a container's "
-            "default is 64 MiB), then resume."
-        )
-    else:
-        remedy = "Resume; if it dies there again, prepare the dataset without this video."
-    return DataError(f"A loader worker died: {causes}.", remedy=remedy)
-
-
-def _as_it_is(item: Any) -> Any:
-    """The stream has collated already; DataLoader's default would look into the item."""
-    return item

@@ -27,10 +27,9 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter  # noqa: F401 - for picture.py
 from av.video.stream import VideoStream
-from pydantic import Field
 
-from pipeline.config.section import Section
 from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.confine import DecodeLimits
 
 # Below this a seek (it decodes the first frame twice) costs more than decoding straight on.
 _MIN_SEEK_SECONDS = 0.5
@@ -46,19 +45,6 @@ _VIDEO_CODECS = frozenset(
 )
 # Demuxers with a true index: after a seek their timestamps are those of a linear read.
 _SEEKABLE_FORMATS = frozenset({"mov", "matroska"})
-
-
-class DecodeLimits(Section):
-    """What one video may cost before it is refused."""
-
-    max_pixels: int = Field(default=4096 * 2304, gt=0)
-    """Width times height of the largest picture accepted."""
-    max_bytes: int = Field(default=1 << 30, gt=0)
-    """Size of the largest file accepted, in bytes."""
-    max_clip_bytes: int = Field(default=1 << 30, gt=0)
-    """Size of the largest decoded clip (frames × height × width × 3) accepted, in bytes."""
-    max_seconds: float = Field(default=30.0, gt=0)
-    """Wall time one decode may take, in seconds; raise it on machines that are overloaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +63,8 @@ class MediaReader:
 
     def __init__(self, source: bytes | Path, limits: DecodeLimits) -> None:
         self._limits = limits
-        self._deadline = time.monotonic() + limits.max_seconds
+        # Of this thread: a decode that others keep from running is not a slow one.
+        self._deadline = time.thread_time() + limits.max_seconds
         self._file = _open_source(source, limits)
         try:
             self._container = _open_container(self._file, limits)
@@ -154,7 +141,7 @@ class MediaReader:
     def _decoded(self) -> Iterator[VideoFrame]:
         try:
             for packet in self._container.demux(self._stream):
-                if time.monotonic() > self._deadline:
+                if time.thread_time() > self._deadline:
                     raise BadMediaError(
                         BadReason.TIME_LIMIT, f"not decoded in {self._limits.max_seconds:g} s"
                     )
@@ -162,7 +149,7 @@ class MediaReader:
                     _check_picture(frame.width, frame.height, self._limits)
                     yield frame
         except (FFmpegError, MemoryError) as error:
-            raise BadMediaError(BadReason.UNDECODABLE, _first_line(error)) from error
+            raise _refusal(BadReason.UNDECODABLE, error, self._limits) from error
 
     def _seekable(self, seconds: float) -> bool:
         """Whether seeking saves work: a keyframe other than the first stands before `seconds`."""
@@ -256,7 +243,7 @@ def _open_container(file: BinaryIO, limits: DecodeLimits) -> InputContainer:
             timeout=limits.max_seconds,
         )
     except (FFmpegError, MemoryError) as error:
-        raise BadMediaError(BadReason.NOT_A_VIDEO, _first_line(error)) from error
+        raise _refusal(BadReason.NOT_A_VIDEO, error, limits) from error
 
 
 def _video_stream(container: InputContainer, limits: DecodeLimits) -> VideoStream:
@@ -286,6 +273,13 @@ def _check_picture(width: int, height: int, limits: DecodeLimits) -> None:
         raise BadMediaError(
             BadReason.TOO_LARGE, f"{width}×{height}, the limit is {limits.max_pixels} pixels"
         )
+
+
+def _refusal(reason: BadReason, error: BaseException, limits: DecodeLimits) -> BadMediaError:
+    if isinstance(error, MemoryError):
+        limit = f"more than {limits.max_memory_bytes} bytes, or all that the machine has"
+        return BadMediaError(BadReason.MEMORY_LIMIT, limit)
+    return BadMediaError(reason, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -45,6 +45,9 @@ class DataConfig(Section):
     """Micro-batches that every worker keeps ready; each takes shared memory."""
     worker_timeout_seconds: float = Field(default=600.0, gt=0.0)
     """Longest wait for one micro-batch before the workers are taken to hang."""
+    max_worker_deaths: int = Field(default=8, ge=0)
+    """Workers of one rank that may be lost and restarted before the run stops; those that died of
+    a video count as bad samples instead."""
     max_substitutes: int = Field(default=8, ge=1)
     """Samples tried in place of a bad one before the run stops."""
     max_bad_samples: int = Field(default=32, ge=0)

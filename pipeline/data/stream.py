@@ -27,16 +27,23 @@ Plans = Iterable[MicroBatchPlan] | Callable[[], Iterable[MicroBatchPlan]]
 
 
 def micro_batches(
-    plans: Plans, load_clip: LoadClip, collate: Collate, memory: SharedMemory
+    plans: Plans, load_clip: LoadClip, collate: Collate, memory: SharedMemory, skip: int = 0
 ) -> IterableDataset[Sent | JepaError]:
     """The pipeline of one worker, top to bottom; it can be pickled as long as its parts can.
+
+    Args:
+        plans: All plans of a rank.
+        load_clip: Makes one clip.
+        collate: Makes a micro-batch of clips.
+        memory: What is shared with the training process.
+        skip: Plans that have been delivered already.
 
     Yields:
         Every N-th planned micro-batch if there are N workers, or, as its last item, the error
         that ended it: torch's DataLoader would turn a raised one into its traceback's text.
     """
     return DataPipeline(  # pyright: ignore[reportReturnType] - untyped; it is one
-        EveryNthPlan(plans),
+        EveryNthPlan(plans, skip),
         filters.map(LoadClips(load_clip, memory)),
         filters.map(CollateClips(collate)),
         errors_as_last_item,
@@ -58,13 +65,14 @@ class EveryNthPlan:
     """Worker w of N takes the plans w, w + N, …; DataLoader's round robin restores their order."""
 
     plans: Plans
+    skip: int = 0
 
     def __call__(self) -> Iterator[MicroBatchPlan]:
         """The plans of the process that calls this."""
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         plans = self.plans() if callable(self.plans) else self.plans
-        return islice(plans, first, None, step)
+        return islice(plans, self.skip + first, None, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +88,10 @@ class LoadClips:
         block = self.memory.blocks.take(shape)
         clips = []
         for position, video_THWC in zip(plan.positions, block.video_BTHWC, strict=True):
-            self.memory.note_position(position)
-            clip = self.load_clip(position, plan)
+            clip = self.load_clip(position, plan, self.memory.note)
             video_CTHW = video_THWC.permute(3, 0, 1, 2).copy_(clip.video_CTHW)
             clips.append(replace(clip, video_CTHW=video_CTHW))
+        self.memory.note(-1, -1)
         return LoadedPlan(plan=plan, clips=tuple(clips), place=block.place)
 
 

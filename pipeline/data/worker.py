@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 
 # Exit codes of a worker that the machine or the container had no memory left for.
 OUT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGBUS)
+# Sent by the kernel when a decode has used up its processor time.
+OUT_OF_TIME = -signal.SIGPROF
 # Slurm, Kubernetes and terminals signal whole process groups. The training process alone decides
 # what a signal means, and it needs its workers until the last step is saved.
 _SIGNALS_OF_THE_TRAINER = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -73,6 +75,8 @@ def cause_of_death(exit_code: int | None) -> str:
         return "killed by SIGKILL (the machine or container most likely ran out of memory)"
     if exit_code == -signal.SIGBUS:
         return "killed by SIGBUS (no space left in shared memory, /dev/shm)"
+    if exit_code == OUT_OF_TIME:
+        return "killed by SIGPROF (its decoder took more processor time than it may)"
     if exit_code is not None and exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     return f"exit code {exit_code} (its last words are in the log above)"

@@ -1,7 +1,9 @@
 """What can be wrong with a run before any network is built; imports nothing heavy."""
 
+from pipeline.data.blocks import require_shared_memory
 from pipeline.data.clips import open_sources
 from pipeline.data.cursor import DataIdentity, data_identity
+from pipeline.environment import read_launch
 from pipeline.errors import ConfigError
 from pipeline.objectives import objective_needs
 from pipeline.run import RunConfig
@@ -15,7 +17,9 @@ def check_run(config: RunConfig, world_size: int) -> DataIdentity:
         ConfigError: The global batch does not divide among the ranks, or shards lack a member.
         UsageError: A source is no finished dataset.
         DataError: A dataset does not agree with its manifest.
+        StorageError: Shared memory is too small for what loader workers keep ready.
     """
+    _check_shared_memory(config, world_size)
     for stage in config.stages:
         accumulation(stage, config.global_batch, world_size)
     datasets = open_sources(config.data)
@@ -29,3 +33,15 @@ def check_run(config: RunConfig, world_size: int) -> DataIdentity:
                 remedy="Prepare the dataset with those members, or leave this source out.",
             )
     return data_identity(config.data, datasets, seed=config.seed, global_batch=config.global_batch)
+
+
+def _check_shared_memory(config: RunConfig, world_size: int) -> None:
+    data, launch = config.data, read_launch()
+    ranks = world_size if launch.launcher == "alone" else launch.local_world_size
+    # Per worker those ready, the one in training, and the one before it.
+    count = ranks * data.workers * (data.prefetch + 2)
+    largest = max(
+        stage.micro_batch * stage.frames * stage.resolution**2 * 3 for stage in config.stages
+    )
+    whose = f"{count} micro-batches ({ranks} ranks × {data.workers} workers) of {largest} bytes"
+    require_shared_memory(count * largest, whose)

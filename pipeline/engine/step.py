@@ -12,10 +12,10 @@ from torch import Tensor
 from pipeline.clip import ClipBatch, Losses, Progress, SampleFault, StepReport
 from pipeline.engine.agree import Agreement, RankWord, agree
 from pipeline.engine.build import Parts
+from pipeline.engine.guards import Guards, Verdict
 from pipeline.engine.rundir import append_faults
-from pipeline.engine.stop import StopReason
 from pipeline.engine.zero import Update
-from pipeline.errors import DataError, NumericsError
+from pipeline.errors import DataError
 from pipeline.stages import StagePlace, accumulation, place_of_step
 from pipeline.track.signals import collapse_signals
 
@@ -28,31 +28,29 @@ class StepResult:
     """What the loop learns of a step besides its report."""
 
     report: StepReport
-    stop: StopReason
+    agreed: Agreement
+    verdict: Verdict
     faults: tuple[SampleFault, ...]
     """This rank's."""
 
 
-def take_step(parts: Parts, step: int) -> StepResult:
-    """Trains on one global batch.
+def take_step(parts: Parts, step: int, guards: Guards) -> StepResult:
+    """Trains on one global batch, unless all ranks agree to leave its update out.
 
     Raises:
-        NumericsError: The loss of some rank is not finite; no weight has been changed.
         DataError: The loader gave up.
     """
     begin = time.monotonic()
     config = parts.config
     place = place_of_step(config.stages, step)
     progress = Progress(step=step, total_steps=config.num_steps, stage=place.index)
-    gradient = _gradient(parts, place, progress)
+    gradient = _gradient(parts, place, progress, guards.own_pace(step))
+    parts.care.watchdog.enter("agree")
     agreed = agree(gradient.word)
-    if not math.isfinite(agreed.loss):
-        raise NumericsError(
-            f"The loss of step {step} is {agreed.loss}; the step was not taken, and the "
-            "last checkpoint is as it was."
-        )
+    parts.care.watchdog.enter("update")
+    verdict = guards.judge(place, step, agreed)
     learning_rate, weight_decay = config.learning_rate(step), config.weight_decay(step)
-    update = parts.engine.update(learning_rate, weight_decay)
+    update = _update(parts, verdict, learning_rate, weight_decay)
     # A step that was left out must not move the teacher either.
     logged = {} if update.skipped else parts.engine.objective.after_step(progress)
     health = _health(parts, gradient.features, step)
@@ -71,7 +69,7 @@ def take_step(parts: Parts, step: int) -> StepResult:
         health=health,
         **_measured(parts, agreed, update, begin),
     )
-    return StepResult(report=report, stop=agreed.stop, faults=gradient.faults)
+    return StepResult(report=report, agreed=agreed, verdict=verdict, faults=gradient.faults)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,17 +80,29 @@ class _Gradient:
     """Features [b, n, D] of each micro-batch's clips, if the objective gives any."""
 
 
-def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
+def _update(parts: Parts, verdict: Verdict, learning_rate: float, weight_decay: float) -> Update:
+    if verdict.skip_reason is None:
+        return parts.engine.update(learning_rate, weight_decay)
+    parts.engine.drop()
+    return Update(gradient_norm=math.nan, skipped=True)
+
+
+def _gradient(
+    parts: Parts, place: StagePlace, progress: Progress, pace: tuple[float, float]
+) -> _Gradient:
     num = accumulation(place.stage, parts.config.global_batch, parts.launch.world_size)
     waited, flops = 0.0, 0.0
     faults: list[SampleFault] = []
     sums: dict[str, Tensor] = {}
     features: list[Tensor] = []
+    watchdog = parts.care.watchdog
     for number in range(num):
+        watchdog.enter("data")
         batch = _next_batch(parts, faults).to(parts.device)
         waited += parts.loader.wait_seconds
         faults += batch.faults
         flops += _flops(parts, batch)
+        watchdog.enter("compute")
         losses = parts.engine.forward_backward(
             batch, progress, accumulation=num, last=number == num - 1
         )
@@ -105,14 +115,21 @@ def _gradient(parts: Parts, place: StagePlace, progress: Progress) -> _Gradient:
         data_wait_seconds=waited,
         num_faults=len(faults),
         flops=flops,
-        stop=parts.stop.noted,
+        stop=parts.care.stop.noted,
+        seconds_left=parts.care.stop.seconds_left,
+        save_seconds=watchdog.recent("save"),
+        compute_seconds=pace[0],
+        host_seconds=pace[1],
     )
     return _Gradient(word=word, faults=tuple(faults), features=tuple(features))
 
 
 def _next_batch(parts: Parts, faults: list[SampleFault]) -> ClipBatch:
     try:
-        return next(parts.loader)
+        batch = next(parts.loader)
+        for notice in parts.loader.take_notices():
+            parts.tracker.event("loader", notice=notice)
+        return batch
     except DataError as error:
         # The run ends here: what led to it must be in the quarantine file, without a collective.
         append_faults(parts.run_dir, (*faults, *error.faults))

@@ -27,7 +27,7 @@ def main() -> None:
     loader = start(folder, collate_plan)
     next(loader)
     server = multiprocessing.forkserver._forkserver._forkserver_pid
-    say(" ".join(str(pid) for pid in [server, *(process.pid for process in loader._workers)]))
+    say(" ".join(str(pid) for pid in [server, *loader.pids]))
     if ending == "kill":
         time.sleep(60)
 
