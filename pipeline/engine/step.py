@@ -117,7 +117,8 @@ def _gradient(
         flops=flops,
         stop=parts.care.stop.noted,
         seconds_left=parts.care.stop.seconds_left,
-        save_seconds=watchdog.recent("save"),
+        save_seconds=max(watchdog.recent("save"), parts.saves.save_seconds),
+        save=parts.saves.word(),
         compute_seconds=pace[0],
         host_seconds=pace[1],
     )
@@ -127,13 +128,13 @@ def _gradient(
 def _next_batch(parts: Parts, faults: list[SampleFault]) -> ClipBatch:
     try:
         batch = next(parts.loader)
-        for notice in parts.loader.take_notices():
-            parts.tracker.event("loader", notice=notice)
-        return batch
     except DataError as error:
         # The run ends here: what led to it must be in the quarantine file, without a collective.
         append_faults(parts.run_dir, (*faults, *error.faults))
         raise
+    for notice in parts.loader.take_notices():
+        parts.tracker.event("loader", notice=notice)
+    return batch
 
 
 def _add(sums: dict[str, Tensor], losses: Losses, num: int) -> None:
