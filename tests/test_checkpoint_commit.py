@@ -10,18 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.checkpoint import layout, save
+from pipeline.checkpoint import layout, retain, save
+from pipeline.checkpoint.fingerprint import fingerprint_pieces
 from pipeline.checkpoint.layout import CheckpointConfig
 from pipeline.checkpoint.load import find_commit, load_encoder_state, verify
+from pipeline.checkpoint.pieces import Piece, metadata_of
 from pipeline.errors import CheckpointError
 
 
-def write_files(folder: Path, value: float) -> None:
-    metadata = {"shapes": json.dumps({"teacher.w": [2, 3]}), "partitioned": "true"}
-    save_file({"teacher.w": torch.full((6,), value)}, folder / layout.weights_name(0), metadata)
+def write_files(folder: Path, value: float) -> dict[str, int]:
+    flat = torch.full((6,), value)
+    piece = Piece(name="teacher.w", shape=(2, 3), start=0, flat=flat)
+    save_file({piece.name: flat}, folder / layout.weights_name(0), metadata_of([piece]))
     (folder / layout.STATE).write_text(json.dumps({"value": value}))
-    (folder / "deepspeed").mkdir()
-    (folder / "deepspeed" / "optimizer.pt").write_bytes(bytes(range(200)))
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "more.bin").write_bytes(bytes(range(200)))
+    return fingerprint_pieces([piece])
 
 
 def commit(run: Path, step: int, write=write_files) -> save.SaveResult:
@@ -163,14 +167,14 @@ def test_a_save_cut_short_is_ignored_and_cleared(tmp_path):
     partial = tmp_path / "checkpoints" / "step-00000002.partial-abc"
     partial.mkdir()
     assert [c.step for c in layout.list_commits(tmp_path)] == [1]
-    assert save.clear_partials(tmp_path) == [partial.name]
+    assert retain.clear_partials(tmp_path) == [partial.name]
     assert not partial.exists()
 
 
 def test_pruning_keeps_the_first_the_last_and_every_nth(tmp_path):
     for step in range(0, 11):
         commit(tmp_path, step)
-    removed = save.prune(tmp_path, CheckpointConfig(keep_last=2, keep_every_steps=4))
+    removed = retain.prune(tmp_path, CheckpointConfig(keep_last=2, keep_every_steps=4))
     assert [c.step for c in layout.list_commits(tmp_path)] == [0, 4, 8, 9, 10]
     assert removed == [1, 2, 3, 5, 6, 7]
 
@@ -178,7 +182,7 @@ def test_pruning_keeps_the_first_the_last_and_every_nth(tmp_path):
 def test_going_on_from_an_older_step_sets_newer_ones_aside_and_keeps_them(tmp_path):
     for step in (0, 2, 4):
         commit(tmp_path, step)
-    names = save.set_aside_after(tmp_path, 2)
+    names = retain.set_aside_after(tmp_path, 2)
     assert [c.step for c in layout.list_commits(tmp_path)] == [0, 2]
     assert len(names) == 1
     assert verify(tmp_path / "checkpoints" / names[0]) == []

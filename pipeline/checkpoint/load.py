@@ -153,7 +153,7 @@ def iterate_weights(commit_dir: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _extra(commit_dir: Path, manifest: Manifest) -> list[str]:
-    known = {entry.path for entry in manifest.files} | {layout.MANIFEST}
+    known = {entry.path for entry in manifest.files} | {layout.MANIFEST, layout.PINNED}
     there = (path for path in commit_dir.rglob("*") if path.is_file())
     names = sorted({path.relative_to(commit_dir).as_posix() for path in there} - known)
     return [f"file {name} is not in the manifest" for name in names]

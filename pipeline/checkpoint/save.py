@@ -1,173 +1,237 @@
 """The commit: all files of a step become one checkpoint at once, or none of them does.
 
-Every rank writes into a folder with a partial name and reports size and digest of each file. When
-all ranks have, rank 0 writes the manifest, renames the folder and only then moves the pointer. A
-kill at any moment leaves the previous commit as it was.
+Every rank writes into a folder with a partial name and leaves a note with size and digest of each
+file. When all notes are there, rank 0 writes the manifest, renames the folder and only then moves
+the pointer. A kill at any moment leaves the previous commit as it was.
+
+Nothing here is a collective, so that all of it can go on behind the training.
 """
 
 import contextlib
+import errno
 import shutil
+import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from pipeline.checkpoint import layout
+from pipeline.checkpoint.fingerprint import combine_ranks
 from pipeline.checkpoint.layout import FileEntry, Manifest
+from pipeline.checkpoint.notes import collect_notes, leave_note, remove_notes
 from pipeline.files import sha256_of, sync_file, sync_folder, write_atomically
+
+# What is left free beside a save: other files of the run grow meanwhile.
+_SPARE = 1.2
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveRequest:
-    """What is to be committed, the same on all ranks except `write`'s doing."""
+    """What is to be committed, the same on all ranks except `rank`, `num_bytes` and `write`."""
 
     run_dir: Path
     run_id: str
     step: int
     parent_step: int | None
     versions: dict[str, str]
-    write: Callable[[Path], None]
-    """Writes all files of this rank into the folder given."""
+    write: Callable[[Path], dict[str, int] | None]
+    """Writes all files of this rank into the empty folder given; gives its part of the tensors'
+    fingerprints."""
+    rank: int = 0
+    world_size: int = 1
+    token: str = ""
+    """Tells this save from every other of the step, also from one that another job is at."""
+    fence: int = 0
+    """Number of the lease under which the run is owned."""
+    may_publish: Callable[[], None] = lambda: None
+    """Called before the checkpoint gets its name; raises if the run has another owner by now."""
+    num_bytes: int = 0
+    """What this rank is going to write, about."""
+    retries: int = 0
+    """Further attempts where the file system refused."""
+    timeout_seconds: float = 1800.0
+    """How long rank 0 waits for the other ranks' notes."""
+    give_up: threading.Event = field(default_factory=threading.Event)
+    """Set by whoever no longer wants the save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveResult:
-    """How a save ended, agreed by all ranks."""
+    """How a save ended; of ranks other than the first, how their own part did."""
 
     step: int
     failure: str | None
     """Which rank failed and why, or None."""
     num_bytes: int = 0
+    """Of all ranks."""
+    retried: tuple[str, ...] = ()
+    """What was refused at first and done at a later attempt."""
 
 
 def save(request: SaveRequest) -> SaveResult:
-    """Writes and publishes a checkpoint; every rank calls it at the same step.
+    """Writes this rank's files; on rank 0, waits for the others and publishes the checkpoint.
 
     Returns:
-        The outcome, the same on all ranks. After a failure nothing of this step remains and the
-        previous commit stands.
+        The outcome. After a failure nothing of this step remains and the previous commit stands.
+
+    Raises:
+        JepaError: `may_publish` forbade it.
     """
+    final = layout.checkpoints_dir(request.run_dir) / layout.commit_name(request.step)
+    words = "-".join(word for word in (request.run_id, request.token) if word)
+    partial = final.with_name(f"{final.name}.partial-{words}")
+    own = _own_part(request, partial)
+    if request.rank:
+        return _result(request, [own])
+    notes = {0: own}
+    if request.world_size > 1:
+        notes = collect_notes(
+            partial,
+            request.world_size,
+            timeout_seconds=request.timeout_seconds,
+            give_up=request.give_up,
+        )
+    missing = [rank for rank in range(request.world_size) if rank not in notes]
+    result = _result(request, [notes[rank] for rank in sorted(notes)], missing)
+    try:
+        if result.failure is None:
+            result = _publish_patiently(request, partial, final, notes, result)
+    finally:
+        # After a failure, or when another job owns the run by now.
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _own_part(request: SaveRequest, partial: Path) -> dict[str, Any]:
+    """Writes this rank's files and leaves its note."""
+    note: dict[str, Any] = {"rank": request.rank, "files": [], "fingerprints": {}}
+
+    def attempt() -> None:
+        entries, fingerprints = _write_own(request, partial)
+        note.update(files=[asdict(entry) for entry in entries], fingerprints=fingerprints)
+
+    note["failure"], note["retried"] = _patiently(attempt, request, partial)
+    with contextlib.suppress(OSError):  # rank 0 misses the note, which is a failure as well
+        if request.world_size > 1:
+            leave_note(partial, request.rank, note)
+    return note
+
+
+def _patiently(
+    action: Callable[[], None], request: SaveRequest, partial: Path
+) -> tuple[str | None, list[str]]:
+    """Tries again where the file system refuses; tells why it gave up, and what it went over."""
+    refused: list[str] = []
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            # torch and safetensors report some of what the system refuses as RuntimeError.
+            refused.append(f"rank {request.rank}: {_reason(error, partial)}")
+        else:
+            return None, refused
+        if len(refused) > request.retries or request.give_up.wait(pause):
+            return refused[-1], refused[:-1]
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _write_own(request: SaveRequest, partial: Path) -> tuple[list[FileEntry], dict[str, int]]:
+    # Ranks write into folders of their own first: only so does each know which files are its.
+    own = partial / f"rank-{request.rank}"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    _check_space(request)
+    fingerprints = request.write(own) or {}
+    entries = [_entry(path, own) for path in _files(own)]
+    for entry in entries:
+        target = partial / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (own / entry.path).replace(target)
+    shutil.rmtree(own)
+    return entries, fingerprints
+
+
+def _check_space(request: SaveRequest) -> None:
+    # Rank 0 asks for all; each of the others only for its own part, since the rest of the space
+    # may be in use already when it asks.
+    ranks = request.world_size if request.rank == 0 else 1
+    need = _SPARE * request.num_bytes * ranks
     folder = layout.checkpoints_dir(request.run_dir)
-    final = folder / layout.commit_name(request.step)
-    partial = folder / f"{final.name}.partial-{request.run_id}"
-    problem = _on_rank_0(lambda: _prepare(partial, _world_size()))
-    if problem is not None:
-        return SaveResult(step=request.step, failure=problem)
-    entries, problem = _write_own(request, partial)
-    outcomes = _gather((entries, problem))
-    failures = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(outcomes) if why is not None]
-    if not failures:
-        moved = _gather(_move_up(partial, entries))
-        failures = [f"rank {rank}: {why}" for rank, why in enumerate(moved) if why is not None]
-    if failures:
-        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        return SaveResult(step=request.step, failure="; ".join(failures))
-    files = {entry.path: entry for entries, _ in outcomes for entry in entries}
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        words = f"no space: need {_mib(need)}, have {_mib(free)}"
+        raise OSError(errno.ENOSPC, words, str(folder))
+
+
+def _result(
+    request: SaveRequest, notes: list[dict[str, Any]], missing: Iterable[int] = ()
+) -> SaveResult:
+    failures = [note["failure"] for note in notes if note["failure"] is not None]
+    waited = f"{request.timeout_seconds:.0f} s"
+    failures += [f"rank {rank}: gave no word within {waited}" for rank in missing]
+    return SaveResult(
+        step=request.step,
+        failure="; ".join(failures) or None,
+        num_bytes=sum(entry["num_bytes"] for note in notes for entry in note["files"]),
+        retried=tuple(words for note in notes for words in note["retried"]),
+    )
+
+
+def _publish_patiently(
+    request: SaveRequest,
+    partial: Path,
+    final: Path,
+    notes: dict[int, dict[str, Any]],
+    result: SaveResult,
+) -> SaveResult:
+    entries = [FileEntry(**entry) for note in notes.values() for entry in note["files"]]
     manifest = Manifest(
         schema_version=layout.SCHEMA_VERSION,
         run_id=request.run_id,
         step=request.step,
-        world_size=len(outcomes),
+        world_size=request.world_size,
         parent_step=request.parent_step,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=request.versions,
-        files=tuple(files[path] for path in sorted(files)),
+        files=tuple(sorted(entries, key=lambda entry: entry.path)),
+        fingerprints=combine_ranks(note["fingerprints"] for note in notes.values()),
+        fence=request.fence,
     )
-    problem = _on_rank_0(lambda: _publish(partial, final, manifest))
-    if problem is not None:
-        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-    num_bytes = sum(entry.num_bytes for entry in manifest.files)
-    return SaveResult(step=request.step, failure=problem, num_bytes=num_bytes)
+    failure, retried = _patiently(
+        lambda: _publish(request, partial, final, manifest), request, partial
+    )
+    return SaveResult(
+        step=result.step,
+        failure=failure,
+        num_bytes=result.num_bytes,
+        retried=(*result.retried, *retried),
+    )
 
 
-def prune(run_dir: Path, config: layout.CheckpointConfig) -> list[int]:
-    """Removes commits that are no longer wanted; called by rank 0 after a commit.
-
-    Returns:
-        Steps that were removed.
-    """
-    commits = layout.list_commits(run_dir)
-    every = config.keep_every_steps
-    removed = []
-    for commit in commits[1 : -config.keep_last]:
-        if every is None or commit.step % every:
-            # Out of the list of commits first: half a removal must not look like a checkpoint.
-            doomed = commit.path.with_name(f"{commit.path.name}.partial-removed")
-            commit.path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-            removed.append(commit.step)
-    return removed
-
-
-def set_aside_after(run_dir: Path, step: int) -> list[str]:
-    """Renames commits newer than `step`, so that a run which goes on from there leads on alone.
-
-    They stay on disk as `aside-…`: nothing takes them for checkpoints, a person can rename them
-    back or remove them. Called by rank 0.
-
-    Returns:
-        Their new names.
-    """
-    names = []
-    for commit in layout.list_commits(run_dir):
-        if commit.step > step:
-            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-            target = commit.path.with_name(f"aside-{commit.path.name}-{stamp}")
-            commit.path.rename(target)
-            names.append(target.name)
-    return names
-
-
-def clear_partials(run_dir: Path) -> list[str]:
-    """Removes saves that were cut short; called by rank 0 before a run goes on."""
-    partials = layout.list_partials(run_dir)
-    for partial in partials:
-        shutil.rmtree(partial, ignore_errors=True)
-    return [partial.name for partial in partials]
-
-
-def _prepare(partial: Path, world_size: int) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for rank in range(world_size):
-        _own_folder(partial, rank).mkdir(parents=True)
-
-
-def _write_own(request: SaveRequest, partial: Path) -> tuple[list[FileEntry], str | None]:
-    # Ranks write into folders of their own first: only so does each know which files are its.
-    own = _own_folder(partial, _rank())
-    try:
-        request.write(own)
-        return [_entry(path, own) for path in _files(own)], None
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        return [], _reason(error, partial)
-
-
-def _move_up(partial: Path, entries: list[FileEntry]) -> str | None:
-    own = _own_folder(partial, _rank())
-    try:
-        for entry in entries:
-            target = partial / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (own / entry.path).rename(target)
-        shutil.rmtree(own)
-    except OSError as error:
-        return _reason(error, partial)
-    return None
-
-
-def _own_folder(partial: Path, rank: int) -> Path:
-    return partial / f"rank-{rank}"
+def _publish(request: SaveRequest, partial: Path, final: Path, manifest: Manifest) -> None:
+    if partial.exists():  # else an earlier attempt was refused only after the name was given
+        remove_notes(partial, request.world_size)
+        for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        write_atomically(partial / layout.MANIFEST, manifest.to_json())
+        request.may_publish()
+        partial.rename(final)
+    sync_folder(final.parent)
+    # A hint only: the commit stands without it.
+    with contextlib.suppress(OSError):
+        write_atomically(final.parent / layout.LATEST, final.name + "\n")
 
 
 def _reason(error: OSError | RuntimeError, partial: Path) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or error} ({error.filename or partial})"
     free = shutil.disk_usage(partial.parent).free
-    return f"{str(error).splitlines()[0]} ({partial}; {free / 2**20:.0f} MiB free)"
+    return f"{str(error).splitlines()[0]} ({partial}; {_mib(free)} free)"
 
 
 def _entry(path: Path, root: Path) -> FileEntry:
@@ -183,41 +247,5 @@ def _files(root: Path) -> Iterable[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
-def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-        sync_folder(folder)
-    write_atomically(partial / layout.MANIFEST, manifest.to_json())
-    partial.rename(final)
-    sync_folder(final.parent)
-    # A hint only: the commit stands without it.
-    with contextlib.suppress(OSError):
-        write_atomically(final.parent / layout.LATEST, final.name + "\n")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_rank_0(action: Callable[[], Any]) -> str | None:
-    """Runs `action` on rank 0; all ranks learn whether the file system refused it."""
-    problem: list[str | None] = [None]
-    if _rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            problem[0] = f"rank 0: {error.strerror or error} ({error.filename})"
-    if dist.is_initialized():
-        dist.broadcast_object_list(problem, src=0)
-    return problem[0]
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -6,15 +6,16 @@ finite and who is slow, and all come to the same decision without asking again.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.checkpoint.interval import SaveOutcome, SaveWord
 from pipeline.engine.stop import StopReason
 
-_NUM_NUMBERS = 8
+_NUM_NUMBERS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,8 @@ class RankWord:
     """See `RankPace.compute`."""
     host_seconds: float = 0.0
     """See `RankPace.host`."""
+    save: SaveWord = field(default_factory=SaveWord)
+    """About checkpoints; only that of rank 0 counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,8 @@ class Agreement:
     """Which rank's loss is not finite and in which term, such as `rank 1, loss_mask_0 is nan`."""
     paces: tuple[RankPace, ...]
     """One per rank."""
+    save: SaveWord
+    """That of rank 0."""
 
 
 def agree(word: RankWord) -> Agreement:
@@ -92,6 +97,7 @@ def agree(word: RankWord) -> Agreement:
             for name, value in _culprits(one.measured)
         ),
         paces=tuple(one.pace for one in words),
+        save=words[0].save,
     )
 
 
@@ -113,6 +119,7 @@ class _Word:
     stop: StopReason
     seconds_left: float
     save_seconds: float
+    save: SaveWord
 
 
 def _own_row(word: RankWord, names: list[str]) -> Tensor:
@@ -126,6 +133,8 @@ def _own_row(word: RankWord, names: list[str]) -> Tensor:
         float(word.stop),
         word.seconds_left,
         word.save_seconds,
+        float(word.save.is_due),
+        float(word.save.outcome),
     ]
     measured = torch.stack([word.loss, *(word.terms[name] for name in names)]).detach().double()
     return torch.cat([torch.tensor(numbers, dtype=torch.float64).to(measured.device), measured])
@@ -139,7 +148,7 @@ def _gather(row: Tensor) -> Tensor:
 
 def _split(row: list[float], names: list[str]) -> _Word:
     numbers, measured = row[:_NUM_NUMBERS], row[_NUM_NUMBERS:]
-    data, compute, host, faults, flops, stop, seconds_left, save_seconds = numbers
+    data, compute, host, faults, flops, stop, seconds_left, save_seconds, is_due, outcome = numbers
     return _Word(
         measured=dict(zip(["loss", *names], measured, strict=True)),
         pace=RankPace(data=data, compute=compute, host=host),
@@ -148,6 +157,7 @@ def _split(row: list[float], names: list[str]) -> _Word:
         stop=StopReason(int(stop)),
         seconds_left=seconds_left,
         save_seconds=save_seconds,
+        save=SaveWord(is_due=bool(is_due), outcome=SaveOutcome(int(outcome))),
     )
 
 

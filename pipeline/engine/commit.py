@@ -1,67 +1,241 @@
-"""When the loop asks for a checkpoint: save, record, prune; stop if saving no longer works."""
+"""When the loop asks for a checkpoint: copy, save behind the training, record; stop if it fails.
 
+Training stands still for the copy alone. One save is in flight at a time: a second one waits for
+the first, and that wait counts as stall. Rank 0 knows when the save is published and tells the
+others in the next step's agreement, so that all conclude it after the same step.
+"""
+
+import secrets
 import shutil
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
-from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.save import SaveRequest, prune, save
-from pipeline.engine.build import Parts, run_state
-from pipeline.engine.save import write_rank_files
+from pipeline.checkpoint.background import Background
+from pipeline.checkpoint.interval import SaveOutcome, SaveWord
+from pipeline.checkpoint.retain import prune
+from pipeline.checkpoint.save import SaveRequest, SaveResult, save
+from pipeline.checkpoint.staging import HostCopies
+from pipeline.engine.build import Counts, Parts, run_state
+from pipeline.engine.save import RankFiles, copy_rank_files
 from pipeline.errors import StorageError
 
-# A full disk may be emptied by others; a folder that refuses three saves in a row will not heal.
-_MAX_FAILED_SAVES = 3
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.25
+# A fault ends the process soon after it; a save that is nearly done gets so long to become whole.
+_SETTLE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _InFlight:
+    """A save that has begun and of which the ranks have not yet agreed how it ended."""
+
+    request: SaveRequest
+    begin: float
+    """On the monotonic clock."""
 
 
 class Saver:
-    """Saves a run's checkpoints and counts failures in a row; every rank has one."""
+    """Saves a run's checkpoints and counts failures in a row; every rank has one.
+
+    Args:
+        parts: What the run works with.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._num_failed = 0
+        self._copies = HostCopies()
+        self._background: Background[_Ended] = Background()
+        self._in_flight: _InFlight | None = None
+        self._num_begun, self._num_failed = 0, 0
+        # A partial folder of an earlier attempt, or of another job, is never taken for our own.
+        self._token = str(_from_rank_0(secrets.token_hex(4)))
+        self._why = ""
 
-    def commit(self, step: int, num_faults: int, *, last: bool) -> None:
-        """Saves step `step`; `last` says that there will be no other chance to.
+    def commit(self, step: int, counts: Counts, *, last: bool) -> None:
+        """Begins to save step `step`; every rank calls it.
+
+        Args:
+            step: The step that has just been taken.
+            counts: What the guards have counted so far.
+            last: There will be no other chance: returns when the checkpoint is published.
 
         Raises:
-            StorageError: The save failed, and it was the last one or the third in a row.
+            StorageError: The save, or the one before it, failed, and it was the last one or too
+                many in a row have.
         """
-        parts = self._parts
-        begin = monotonic()
-        commits = layout.list_commits(parts.run_dir)
-        result = save(
-            SaveRequest(
-                run_dir=parts.run_dir,
-                run_id=parts.run_id,
-                step=step,
-                parent_step=max((c.step for c in commits if c.step < step), default=None),
-                versions={name: version(name) for name in ("jepa-pipeline", "torch", "deepspeed")},
-                write=lambda folder: write_rank_files(
-                    parts.engine, folder, run_state(parts, step, num_faults)
-                ),
-            )
-        )
-        seconds = round(monotonic() - begin, 3)
-        if result.failure is not None:
-            parts.tracker.event("save_failed", step=step, reason=result.failure, seconds=seconds)
-            self._num_failed += 1
-            if last or self._num_failed >= _MAX_FAILED_SAVES:
-                free_gib = shutil.disk_usage(parts.run_dir).free / 2**30
-                raise StorageError(
-                    f"Step {step} could not be saved to {parts.run_dir}: {result.failure} "
-                    f"({free_gib:.1f} GiB free there). The last whole checkpoint stands."
-                )
-            return
-        self._num_failed = 0
-        mib = round(result.num_bytes / 2**20, 1)
-        parts.tracker.event("save", step=step, seconds=seconds, mib=mib)
-        self._prune()
+        parts, config = self._parts, self._parts.config.checkpoint
+        begin = time.monotonic()
+        self.finish()
+        self._background.wait()  # a failed save may have left this rank's own part behind
+        copies = self._copies if config.background else HostCopies()
+        files = copy_rank_files(parts.engine, copies, run_state(parts, step, counts))
+        request = self._request(step, files)
+        self._in_flight = _InFlight(request=request, begin=begin)
+        stall = time.monotonic() - begin
+        parts.saves.note_begin(stall)
+        parts.tracker.event("save_begun", step=step, seconds=round(stall, 4))
+        self._background.start(lambda: self._run(request))
+        if last or not config.background:
+            self.finish(last=last)
 
-    def _prune(self) -> None:
-        if self._parts.launch.rank != 0:
+    def look(self, word: SaveWord) -> None:
+        """Takes note of how the save in flight ended; every rank calls it after every step.
+
+        Raises:
+            StorageError: Too many saves in a row have failed.
+            JepaError: Another job owns the run by now.
+        """
+        if self._in_flight is None:
             return
+        self._background.result()  # raises what this rank's own part raised
+        if word.outcome is not SaveOutcome.NONE:
+            self._conclude(word.outcome, waited=0.0, last=False)
+
+    def finish(self, *, last: bool = False) -> None:
+        """Waits until the save in flight has ended, if there is one; every rank calls it.
+
+        Raises:
+            StorageError: It failed, and it was the last one or too many in a row have.
+        """
+        if self._in_flight is None:
+            return
+        begin, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+        # Small collectives in turn rather than one long wait: a lost peer is noticed at once, and
+        # no collective outlasts its time limit however long writing takes.
+        while (outcome := self._agreed_outcome()) is SaveOutcome.NONE:
+            self._background.result()
+            # Every round proves that all ranks live.
+            self._parts.care.watchdog.begin("wait", self._in_flight.request.step)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+        self._conclude(outcome, waited=time.monotonic() - begin, last=last)
+
+    def settle(self) -> None:
+        """Gives a save in flight a moment to become whole before this process ends by a fault.
+
+        Needs no other rank, since peers may be gone.
+        """
+        if self._in_flight is not None:
+            self._background.wait(_SETTLE_SECONDS)
+
+    def _agreed_outcome(self) -> SaveOutcome:
+        own = self._parts.saves.outcome if self._parts.launch.rank == 0 else SaveOutcome.NONE
+        word = torch.tensor(int(own), device=self._parts.device)
+        dist.all_reduce(word)
+        return SaveOutcome(int(word.item()))
+
+    def _request(self, step: int, files: RankFiles) -> SaveRequest:
+        parts, config = self._parts, self._parts.config.checkpoint
+        self._num_begun += 1
+        commits = layout.list_commits(parts.run_dir) if parts.launch.rank == 0 else []
+        return SaveRequest(
+            run_dir=parts.run_dir,
+            run_id=parts.run_id,
+            step=step,
+            parent_step=max((c.step for c in commits if c.step < step), default=None),
+            versions={name: version(name) for name in ("jepa-pipeline", "torch", "deepspeed")},
+            write=files.write,
+            rank=parts.launch.rank,
+            world_size=parts.launch.world_size,
+            token=f"{self._token}-{self._num_begun}",
+            fence=parts.care.ownership.token,
+            may_publish=parts.care.ownership.check,
+            num_bytes=files.num_bytes,
+            retries=config.retries,
+            timeout_seconds=60.0 * config.timeout_minutes,
+        )
+
+    def _run(self, request: SaveRequest) -> "_Ended":
+        """What goes on behind the training."""
+        begin = time.monotonic()
+        result = save(request)
+        pruning = None
+        if request.rank == 0 and result.failure is None:
+            pruning = self._prune()
+        seconds = time.monotonic() - begin
+        if request.rank == 0:
+            done = result.failure is None
+            # Told to the other ranks in the next step's agreement.
+            self._parts.saves.outcome = SaveOutcome.PUBLISHED if done else SaveOutcome.FAILED
+        return _Ended(result=result, pruning=pruning, seconds=seconds)
+
+    def _prune(self) -> str | None:
+        """Removes commits that are no longer wanted; tells why it could not."""
         try:
             prune(self._parts.run_dir, self._parts.config.checkpoint)
         except OSError as error:
-            self._parts.tracker.event("prune_failed", reason=str(error))
+            return f"{error.strerror or error} ({error.filename})"
+        return None
+
+    def _conclude(self, outcome: SaveOutcome, *, waited: float, last: bool) -> None:
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            raise RuntimeError("no save is in flight")
+        in_flight.request.give_up.set()
+        failed = outcome is SaveOutcome.FAILED
+        self._num_failed = self._num_failed + 1 if failed else 0
+        failure = None
+        if self._parts.launch.rank == 0:
+            self._background.wait()
+            failure = self._record(waited)
+        limit = self._parts.config.checkpoint.max_failed_in_a_row
+        if failed and (last or self._num_failed >= limit):
+            self._refuse(in_flight.request.step, _from_rank_0(failure))
+
+    def _record(self, waited: float) -> str | None:
+        """Writes down how a save ended; gives the failure, if it was one."""
+        ended = self._background.result()
+        if ended is None:
+            raise RuntimeError("the save has not ended")
+        event, result = self._parts.tracker.event, ended.result
+        fields: dict[str, Any] = {"step": result.step, "seconds": round(waited, 4)}
+        if result.retried:
+            fields["retried"] = list(result.retried)
+        if result.failure is not None:
+            event("save_failed", reason=result.failure, **fields)
+            return result.failure
+        self._parts.saves.note_end(ended.seconds)
+        mib = round(result.num_bytes / 2**20, 1)
+        event("save", mib=mib, behind_seconds=round(ended.seconds, 3), **fields)
+        if ended.pruning is not None:
+            event("prune_failed", reason=ended.pruning)
+        self._tell_interval(result.step)
+        return None
+
+    def _tell_interval(self, step: int) -> None:
+        interval = self._parts.saves.interval
+        if interval is not None and interval.reason != self._why:
+            self._why = interval.reason
+            seconds = round(interval.seconds, 1)
+            self._parts.tracker.event(
+                "save_interval", step=step, seconds_between=seconds, reason=interval.reason
+            )
+
+    def _refuse(self, step: int, failure: str) -> None:
+        run_dir = self._parts.run_dir
+        free_gib = shutil.disk_usage(run_dir).free / 2**30
+        raise StorageError(
+            f"Step {step} could not be saved to {run_dir}: {failure} "
+            f"({free_gib:.1f} GiB free there). The last whole checkpoint stands."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ended:
+    """What this rank's thread leaves behind."""
+
+    result: SaveResult
+    pruning: str | None
+    """Why older checkpoints could not be removed."""
+    seconds: float
+
+
+def _from_rank_0(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

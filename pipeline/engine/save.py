@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,65 @@ from torch import Tensor
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.fingerprint import fingerprint_pieces
 from pipeline.checkpoint.pieces import Piece, metadata_of
+from pipeline.checkpoint.staging import HostCopies
 from pipeline.engine.zero import ZeroEngine
 
 # Python's and NumPy's generators are both a Mersenne twister of 624 words.
 _TWISTER_WORDS = 624
 
 
-def write_rank_files(engine: ZeroEngine, folder: Path, state: dict[str, Any]) -> dict[str, int]:
-    """Writes all files of this rank into an empty folder; every rank calls it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFiles:
+    """What one rank puts into a checkpoint, apart from what training goes on to change."""
+
+    rank: int
+    pieces: list[Piece]
+    generators: dict[str, Tensor]
+    state: dict[str, Any]
+    """The run's state, the same on all ranks; rank 0 writes it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `write` writes, but for headers."""
+        tensors = [*(piece.flat for piece in self.pieces), *self.generators.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def write(self, folder: Path) -> dict[str, int]:
+        """Writes all files of this rank into an empty folder; needs no other rank.
+
+        Returns:
+            This rank's part of every tensor's fingerprint, by name.
+        """
+        weights = [piece for piece in self.pieces if not piece.is_optimizer_state]
+        optimizer = [piece for piece in self.pieces if piece.is_optimizer_state]
+        _write_pieces(weights, folder / layout.weights_name(self.rank))
+        _write_pieces(optimizer, folder / layout.optimizer_name(self.rank))
+        _write(self.generators, folder / layout.rng_name(self.rank), {})
+        if self.rank == 0:
+            text = json.dumps(self.state, indent=1, sort_keys=True) + "\n"
+            (folder / layout.STATE).write_text(text)
+        return fingerprint_pieces(self.pieces)
+
+
+def copy_rank_files(engine: ZeroEngine, copies: HostCopies, state: dict[str, Any]) -> RankFiles:
+    """Copies what a checkpoint needs of this rank into host memory; needs no other rank.
 
     Args:
         engine: The engine to save, at an accumulation boundary.
-        folder: This rank's own empty folder.
-        state: The run's state, the same on all ranks; rank 0 writes it.
-
-    Returns:
-        This rank's part of every tensor's fingerprint, by name.
+        copies: Where to; what it took before is overwritten.
+        state: The run's state, the same on all ranks.
     """
-    rank = dist.get_rank()
-    pieces = engine.pieces()
-    _write_pieces(
-        [p for p in pieces if not p.is_optimizer_state], folder / layout.weights_name(rank)
+    return RankFiles(
+        rank=dist.get_rank(),
+        pieces=copies.take(engine.pieces()),
+        generators=_generators(),
+        state=state,
     )
-    _write_pieces([p for p in pieces if p.is_optimizer_state], folder / layout.optimizer_name(rank))
-    _write(_generators(), folder / layout.rng_name(rank), {})
-    if rank == 0:
-        (folder / layout.STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
-    return fingerprint_pieces(pieces)
 
 
 def _write_pieces(pieces: list[Piece], path: Path) -> None:
     if pieces:
-        # Copies: safetensors refuses views of one storage, which is what ZeRO has.
-        flat = {p.name: p.flat.detach().to("cpu", copy=True) for p in pieces}
-        _write(flat, path, metadata_of(pieces))
+        _write({piece.name: piece.flat for piece in pieces}, path, metadata_of(pieces))
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -72,7 +98,7 @@ def _generators() -> dict[str, Tensor]:
 
 
 def restore_generators(saved: dict[str, Tensor]) -> None:
-    """Sets this process's random generators to what `write_rank_files` saved of them."""
+    """Sets this process's random generators to what `copy_rank_files` took of them."""
     torch.set_rng_state(saved["torch"])
     random.setstate((3, tuple(saved["python"].tolist()), None))
     words = saved["numpy"].tolist()

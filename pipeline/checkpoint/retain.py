@@ -1,0 +1,81 @@
+"""Which commits stay: pruned, pinned, set aside; rank 0 or a person's command calls these."""
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.checkpoint import layout
+from pipeline.checkpoint.layout import CheckpointConfig, Commit
+from pipeline.files import sync_folder
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> list[int]:
+    """Removes commits that are no longer wanted; called when a newer one has been published.
+
+    Kept are the first (untrained weights), the newest `keep_last`, multiples of
+    `keep_every_steps`, and pinned ones.
+
+    Returns:
+        Steps that were removed.
+    """
+    removed = []
+    for commit in unwanted(layout.list_commits(run_dir), config):
+        # Out of the list of commits first: half a removal must not look like a checkpoint.
+        doomed = commit.path.with_name(f"{commit.path.name}.partial-removed")
+        commit.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed.append(commit.step)
+    return removed
+
+
+def unwanted(commits: list[Commit], config: CheckpointConfig) -> list[Commit]:
+    """Which of these commits, by rising step, `prune` removes."""
+    every = config.keep_every_steps
+    return [
+        commit
+        for commit in commits[1 : -config.keep_last]
+        if (every is None or commit.step % every) and not is_pinned(commit)
+    ]
+
+
+def pin(commit: Commit) -> None:
+    """Keeps a commit for good, whatever the settings say."""
+    (commit.path / layout.PINNED).touch()
+    sync_folder(commit.path)
+
+
+def unpin(commit: Commit) -> None:
+    """Gives a pinned commit back to the settings."""
+    (commit.path / layout.PINNED).unlink(missing_ok=True)
+
+
+def is_pinned(commit: Commit) -> bool:
+    """Whether a commit is kept for good."""
+    return (commit.path / layout.PINNED).exists()
+
+
+def set_aside_after(run_dir: Path, step: int) -> list[str]:
+    """Renames commits newer than `step`, so that a run which goes on from there leads on alone.
+
+    They stay on disk as `aside-…`: nothing takes them for checkpoints, a person can rename them
+    back or remove them. Called by rank 0.
+
+    Returns:
+        Their new names.
+    """
+    names = []
+    for commit in layout.list_commits(run_dir):
+        if commit.step > step:
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+            target = commit.path.with_name(f"aside-{commit.path.name}-{stamp}")
+            commit.path.rename(target)
+            names.append(target.name)
+    return names
+
+
+def clear_partials(run_dir: Path) -> list[str]:
+    """Removes saves that were cut short; called by rank 0 before a run goes on."""
+    partials = layout.list_partials(run_dir)
+    for partial in partials:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [partial.name for partial in partials]
