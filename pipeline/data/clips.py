@@ -32,7 +32,8 @@ def open_sources(config: DataConfig) -> tuple[ShardIndex, ...]:
         UsageError: A folder holds no finished dataset.
         DataError: A dataset does not agree with its manifest.
     """
-    return tuple(ShardIndex.open(source.path) for source in config.sources)
+    policy = config.on_damaged_shard
+    return tuple(ShardIndex.open(source.path, on_damaged_shard=policy) for source in config.sources)
 
 
 def make_order(config: DataConfig, datasets: Sequence[ShardIndex], seed: int) -> OrderSpec:

@@ -9,12 +9,13 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.inspection import ShardDamage, inspect_shards
 from pipeline.data.layout import (
     ARRAY_KINDS,
     CODECS,
@@ -34,7 +35,6 @@ from pipeline.data.manifest import PREPARE_AGAIN, file_sha256, read_manifest
 from pipeline.data.rawfile import (
     Descriptor,
     check_places,
-    check_size,
     map_records,
     parse_array,
 )
@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 _MAX_OPEN_SHARDS = 128
+_MAX_SHARDS_SHOWN = 20
 _CAPTIONS = TypeAdapter(tuple[Caption, ...])
 _Parsed = TypeVar("_Parsed")
 
@@ -64,24 +65,36 @@ class ShardIndex:
     """A prepared dataset, opened for reading samples by number.
 
     Holds the memory-mapped index and a bounded number of open shards; both are per process, and
-    pickling or forking an index is cheap: it carries the folder's name only.
+    pickling or forking an index is cheap: it carries the folder's name and what is damaged only.
+
+    Attributes:
+        damaged: Shards that were found damaged when the dataset was opened, by number.
     """
 
     def __init__(self, *, path: Path, manifest: Manifest, records: np.ndarray) -> None:
         self.path = path
         self.manifest = manifest
         self.records = records
+        self.damaged: dict[int, ShardDamage] = {}
         self._open_shards: OrderedDict[int, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, dataset_dir: Path | str, *, verify: bool = True) -> Self:
+    def open(
+        cls,
+        dataset_dir: Path | str,
+        *,
+        verify: bool = True,
+        on_damaged_shard: Literal["stop", "quarantine"] = "stop",
+    ) -> Self:
         """Opens the dataset in `dataset_dir`.
 
         Args:
             dataset_dir: The folder that `jepa prep run` wrote.
             verify: Compare the index with its digest and the shards with their sizes. Leave it
                 out only where this process's parent has done it.
+            on_damaged_shard: Refuse a dataset with a shard that is missing or of another size, or
+                open it all the same: then what is gone of it is a bad sample when it is read.
 
         Raises:
             UsageError: There is no finished dataset, or it has another schema version.
@@ -96,11 +109,16 @@ class ShardIndex:
                 remedy=PREPARE_AGAIN,
             )
         index = cls(path=path, manifest=manifest, records=map_records(index_path))
-        index._check(sizes=verify)
+        index._check_count()
+        if verify:
+            check_places(index.records, manifest.shards, index_path)
+            index.damaged = inspect_shards(path, manifest.shards, index.records, everything=False)
+            if index.damaged and on_damaged_shard == "stop":
+                raise damage_error(path, index.damaged)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_reopen, (type(self), str(self.path)))
+        return (_reopen, (type(self), str(self.path), self.damaged))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -146,6 +164,10 @@ class ShardIndex:
         try:
             payload = self._descriptor(record.shard, shard).read(place.length, place.offset)
         except OSError as error:
+            if record.shard in self.damaged:
+                raise BadMediaError(
+                    BadReason.DAMAGED, f"{record.key}: {self.damaged[record.shard]}"
+                ) from error
             raise StorageError(f"{shard}: cannot be read: {error.strerror or error}") from error
         if len(payload) != place.length or zlib.crc32(payload) != place.crc32:
             raise BadMediaError(
@@ -196,24 +218,32 @@ class ShardIndex:
                 self._open_shards.popitem(last=False)
         return descriptor
 
-    def _check(self, *, sizes: bool) -> None:
-        shards = self.manifest.shards
-        if len(self.records) != self.manifest.num_samples or (
-            sum(shard.num_samples for shard in shards) != self.manifest.num_samples
-        ):
+    def _check_count(self) -> None:
+        in_shards = sum(shard.num_samples for shard in self.manifest.shards)
+        if {len(self.records), in_shards} != {self.manifest.num_samples}:
             raise DataError(
                 f"{self.path}: {INDEX_NAME} has {len(self.records)} samples, {MANIFEST_NAME} "
                 f"names {self.manifest.num_samples}",
                 remedy=PREPARE_AGAIN,
             )
-        if sizes:
-            for shard in shards:
-                check_size(self.path / shard.name, shard.bytes)
-            check_places(self.records, shards, self.path / INDEX_NAME)
 
 
-def _reopen(index_class: type[ShardIndex], path: str) -> ShardIndex:
-    return index_class.open(path, verify=False)
+def damage_error(path: Path, damaged: dict[int, ShardDamage]) -> DataError:
+    """The error that names damaged shards and the ways out."""
+    lines = [f"  {damage}" for damage in damaged.values()]
+    shown = [*lines[:_MAX_SHARDS_SHOWN], *(["  …"] if len(lines) > _MAX_SHARDS_SHOWN else [])]
+    return DataError(
+        "\n".join([f"{path}: {len(lines)} damaged shards:", *shown]),
+        remedy=f"{PREPARE_AGAIN} `data.on_damaged_shard: quarantine` trains on what is left.",
+    )
+
+
+def _reopen(
+    index_class: type[ShardIndex], path: str, damaged: dict[int, ShardDamage]
+) -> ShardIndex:
+    index = index_class.open(path, verify=False)
+    index.damaged = damaged
+    return index
 
 
 def _place(row: Any) -> dict[str, int]:

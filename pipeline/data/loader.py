@@ -80,7 +80,11 @@ class Loader:
         self._start = start
         self._budget = ErrorBudget(start.load_clip.config)
         self._casualties = Casualties(start.load_clip)
-        self._notices: list[str] = []
+        self._notices = [
+            f"{dataset.path}: {damage}"
+            for dataset in start.load_clip.datasets
+            for damage in dataset.damaged.values()
+        ]
         self._delivered = 0
         self._crew: Crew | None = start(0, {})
         # Before multiprocessing's own exit handler, which would wait for workers for ever.
@@ -109,7 +113,7 @@ class Loader:
         return [process.pid for process in self._crew.processes] if self._crew else []
 
     def take_notices(self) -> list[str]:
-        """What has happened to the workers since the last call, one line each."""
+        """Damaged shards and lost workers since the last call, one line each."""
         notices, self._notices = self._notices, []
         return notices
 

@@ -63,23 +63,6 @@ def map_records(path: Path) -> np.ndarray:
     return records
 
 
-def check_size(shard: Path, expected_bytes: int) -> None:
-    """Compares a shard's size with the manifest's; a digest of terabytes would take hours.
-
-    Raises:
-        DataError: It is missing, no regular file, or has another size.
-    """
-    try:
-        status = shard.stat()
-    except OSError as error:
-        raise DataError(f"{shard}: {error.strerror}", remedy=PREPARE_AGAIN) from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size != expected_bytes:
-        raise DataError(
-            f"{shard}: expected a regular file of {expected_bytes} bytes, found {status.st_size}",
-            remedy=PREPARE_AGAIN,
-        )
-
-
 def check_places(records: np.ndarray, shards: Sequence[ShardEntry], name: Path) -> None:
     """Checks that every member of every sample lies inside its shard and is not too large.
 

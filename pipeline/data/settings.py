@@ -48,6 +48,9 @@ class DataConfig(Section):
     max_worker_deaths: int = Field(default=8, ge=0)
     """Workers of one rank that may be lost and restarted before the run stops; those that died of
     a video count as bad samples instead."""
+    on_damaged_shard: Literal["stop", "quarantine"] = "stop"
+    """Whether a run begins if a shard is missing or of another size; `quarantine` replaces what is
+    gone of it as bad samples, within the same limits."""
     max_substitutes: int = Field(default=8, ge=1)
     """Samples tried in place of a bad one before the run stops."""
     max_bad_samples: int = Field(default=32, ge=0)
