@@ -12,22 +12,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pipeline.errors import ExitCode
+from pipeline.track.faults import RankFault, write_fault
+from pipeline.track.folder import start_times
+from pipeline.track.rewinds import pending, read_rewinds
 
 # A rank that lost a peer notices within seconds; one that does not is stuck in a collective.
 _GRACE_SECONDS = 20.0
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
-def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
+def start_ranks(
+    arguments: Sequence[str], *, num_ranks: int, port: int, run_dir: Path | None = None
+) -> int:
     """Runs `python ARGUMENTS` once a rank and waits for all of them.
 
     Args:
         arguments: What follows the interpreter on each rank's command line.
         num_ranks: Ranks to start, with one GPU each where there are any.
         port: Free TCP port on the loopback interface where the ranks meet.
+        run_dir: Folder of the run, where it is written down which rank was killed by a signal.
 
     Returns:
         0 or 75 if no rank failed, else the code of a rank that did: of the cause of it, if the
@@ -50,14 +57,35 @@ def start_ranks(arguments: Sequence[str], *, num_ranks: int, port: int) -> int:
         status = ranks[rank].returncode
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
         print(f"rank {rank} {how}", file=sys.stderr)  # noqa: T201 - a launcher's word
+        if status < 0 and run_dir is not None and run_dir.is_dir():
+            # A killed rank has no time for a last word of its own.
+            _write_down(run_dir, rank, f"rank {rank} {how} ({signal.Signals(-status).name})")
         return code
     return max(_code(process) for process in ranks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m launch.local NUM_RANKS PORT ARGUMENTS…`: what `jepa train --ranks N` becomes."""
+    """`python -m launch.local NUM_RANKS PORT RUN WORDS…`: what `jepa train --ranks N` becomes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return start_ranks(words[2:], num_ranks=int(words[0]), port=int(words[1]))
+    num_ranks, port, run_dir, words = int(words[0]), int(words[1]), Path(words[2]), words[3:]
+    while True:
+        cli = ["-m", "pipeline.cli", *words]
+        code = start_ranks(cli, num_ranks=num_ranks, port=port, run_dir=run_dir)
+        if code != ExitCode.SAVED_RUN_AGAIN or pending(read_rewinds(run_dir)) is None:
+            return code
+        # The run itself asked to go back before a spike; how often it may is its own limit.
+        words = ["resume", str(run_dir)]
+
+
+def _write_down(run_dir: Path, rank: int, reason: str) -> None:
+    fault = RankFault(
+        attempt=max(1, len(start_times(run_dir))),
+        rank=rank,
+        reason=reason,
+        exit_code=ExitCode.PEER_LOST,
+        told_by="launcher",
+    )
+    write_fault(run_dir, fault)
 
 
 def _start(

@@ -13,21 +13,12 @@ from pipeline.commands import ConfigPath, Overrides
 from pipeline.config.load import load_config
 from pipeline.config.report import changes
 from pipeline.data.worker import start_server
+from pipeline.engine.rundir import Wish
 from pipeline.environment import Launch, free_port, prepare_libraries, read_launch
-from pipeline.errors import CheckpointError, ConfigError, ExitCode, PeerLostError, UsageError
+from pipeline.errors import CheckpointError, ConfigError, ExitCode, UsageError
 from pipeline.run import RunConfig
 from pipeline.track.folder import CONFIG_FILE
-
-# How gloo, NCCL and the store word the loss of a peer; torch has no class of error for it.
-_PEER_WORDS = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "timed out",
-    "remote process exited",
-    "nccl",
-    "gloo",
-)
+from pipeline.track.rewinds import pending, read_rewinds
 
 
 def train(
@@ -54,18 +45,34 @@ def train(
         return _check(run, ranks or read_launch().world_size)
     if or_resume and layout.list_commits(run.run_dir):
         _must_be_same(run)
-        return resume(run.run_dir, ranks=ranks)
-    return _start(run, ranks, ["train", str(config), *overrides], resume_step=None, is_resume=False)
+        return _resume(run.run_dir, ranks, Wish(resume=True, is_unattended=True))
+    words = ["train", str(config), *overrides, *(["--or-resume"] if or_resume else [])]
+    return _start(run, ranks, words, Wish(is_unattended=or_resume))
 
 
-def resume(run: Path, *, step: int | None = None, ranks: int | None = None) -> ExitCode:
+def resume(
+    run: Path,
+    *,
+    step: int | None = None,
+    ranks: int | None = None,
+    allow_dataset_change: bool = False,
+    retry: bool = False,
+) -> ExitCode:
     """Continue a run from its newest whole checkpoint, with the configuration it was started with.
 
     Args:
         run: Folder of the run.
         step: Step of the checkpoint to go on from; the newest by default.
         ranks: Ranks to start on this machine; by default as many as saved the checkpoint.
+        allow_dataset_change: Go on although the datasets are not those that the checkpoint was
+            trained on; steps from here on show other clips than an uninterrupted run's.
+        retry: Go on although the last starts ended before another checkpoint.
     """
+    wish = Wish(resume=True, step=step, allow_dataset_change=allow_dataset_change, retry=retry)
+    return _resume(run, ranks, wish)
+
+
+def _resume(run: Path, ranks: int | None, wish: Wish) -> ExitCode:
     path = run / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -76,7 +83,7 @@ def resume(run: Path, *, step: int | None = None, ranks: int | None = None) -> E
     # The folder may have been moved or renamed since it was made.
     moved = {"name": run.name, "runs_folder": run.parent}
     config = load_config(path, RunConfig).config.model_copy(update=moved)
-    if step is None and _is_finished(run, config):
+    if wish.step is None and _is_finished(run, config):
         Console().print(
             f"{run} is finished: all {config.num_steps} steps are done. `jepa report {run}` shows "
             "it; `--step N` goes on from an older checkpoint.",
@@ -84,34 +91,36 @@ def resume(run: Path, *, step: int | None = None, ranks: int | None = None) -> E
         )
         return ExitCode.DONE
     if ranks is None and read_launch().launcher == "alone":
-        ranks = _saved_ranks(run, step)
-    words = ["resume", str(run), *([] if step is None else ["--step", str(step)])]
-    return _start(config, ranks, words, resume_step=step, is_resume=True)
+        ranks = _saved_ranks(run, wish.step)
+    return _start(config, ranks, ["resume", str(run), *_flags(wish)], wish)
 
 
-def _start(
-    config: RunConfig,
-    ranks: int | None,
-    words: list[str],
-    *,
-    resume_step: int | None,
-    is_resume: bool,
-) -> ExitCode:
+def _flags(wish: Wish) -> list[str]:
+    return [
+        *(["--step", str(wish.step)] if wish.step is not None else []),
+        *(["--allow-dataset-change"] if wish.allow_dataset_change else []),
+        *(["--retry"] if wish.retry else []),
+    ]
+
+
+def _start(config: RunConfig, ranks: int | None, words: list[str], wish: Wish) -> ExitCode:
     launch = read_launch()
     if ranks is not None and ranks < 1:
         raise UsageError(f"expected --ranks of at least 1, got {ranks}")
     if launch.launcher == "alone" and ranks is not None and ranks > 1:
-        _become_launcher(ranks, words)
+        _become_launcher(config, ranks, words)
     if launch.launcher != "alone" and ranks is not None and ranks != launch.world_size:
         raise UsageError(
             f"--ranks {ranks} contradicts {launch.launcher}, which started {launch.world_size}."
         )
-    return _run(config, launch, resume_step=resume_step, is_resume=is_resume)
+    code = _run(config, launch, wish)
+    if launch.launcher == "alone" and pending(read_rewinds(config.run_dir)) is not None:
+        # Nobody else starts a run of one rank again; the number of rewinds is limited.
+        _replace_process(["-m", "pipeline.cli", "resume", str(config.run_dir)])
+    return code
 
 
-def _run(
-    config: RunConfig, launch: Launch, *, resume_step: int | None, is_resume: bool
-) -> ExitCode:
+def _run(config: RunConfig, launch: Launch, wish: Wish) -> ExitCode:
     prepare_libraries(Path.home() / ".cache" / "jepa" / "torch_extensions")
     if config.data.workers:
         # Loader workers import on another core what this process needs seconds for as well.
@@ -119,27 +128,26 @@ def _run(
     # Importing DeepSpeed takes seconds; mistakes in the configuration should not wait for it.
     from pipeline.engine.loop import train as run_loop  # noqa: PLC0415
 
-    try:
-        return run_loop(config, launch, resume=is_resume, step=resume_step)
-    except RuntimeError as error:
-        if not any(word in str(error).lower() for word in _PEER_WORDS):
-            raise
-        raise PeerLostError(
-            f"Rank {launch.rank} of {launch.world_size} lost its peers: {error}"
-        ) from error
+    return run_loop(config, launch, wish)
 
 
-def _become_launcher(ranks: int, words: list[str]) -> None:
+def _become_launcher(config: RunConfig, ranks: int, words: list[str]) -> None:
     """Replaces this process by the launcher of the ranks, which keeps its process id."""
+    run_dir, port = str(config.run_dir), str(free_port())
+    _replace_process(["-m", "launch.local", str(ranks), port, run_dir, *words])
+
+
+def _replace_process(arguments: list[str]) -> None:
     sys.stdout.flush()
-    arguments = ["-m", "launch.local", str(ranks), str(free_port()), "-m", "pipeline.cli", *words]
     os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - our own module
 
 
 def _check(config: RunConfig, world_size: int) -> ExitCode:
     from pipeline.engine.check import check_run  # noqa: PLC0415
+    from pipeline.engine.init import check_weights  # noqa: PLC0415
 
     identity = check_run(config, world_size)
+    check_weights(config)
     samples = ", ".join(f"{source.path} {source.num_samples}" for source in identity.sources)
     Console().print(
         f"{config.name}: {config.num_steps} steps in {len(config.stages)} stages on {world_size} "

@@ -8,20 +8,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoint.interval import SaveClock
 from pipeline.checkpoint.load import read_state
 from pipeline.clip import MicroBatchPlan
 from pipeline.config.load import resolved_yaml
 from pipeline.data.cursor import DataIdentity, check_same
 from pipeline.data.loader import Loader, make_loader
 from pipeline.engine.check import check_run
+from pipeline.engine.init import Origin, load_initial, open_initial
 from pipeline.engine.resume import take_up
-from pipeline.engine.rundir import Start
-from pipeline.engine.stop import StopWatch
+from pipeline.engine.rundir import Start, Wish
+from pipeline.engine.supervision import Supervision
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import Launch, seed_everything
 from pipeline.masks.collate import collate_plan
 from pipeline.run import RunConfig
 from pipeline.stages import Share, micro_batch_plans
+from pipeline.track.rewinds import Rewind, left_out
 from pipeline.track.sinks import Tracker
 
 
@@ -36,7 +39,7 @@ class Parts:
     engine: ZeroEngine
     loader: Loader
     tracker: Tracker
-    stop: StopWatch
+    care: Supervision
     identity: DataIdentity
     first_step: int
     """The step to take first: 1, or the one after the commit that the run goes on from."""
@@ -44,6 +47,16 @@ class Parts:
     """True if the run goes on from nothing."""
     faults_before: int
     """Bad samples of earlier attempts that count."""
+    saves: SaveClock
+    """When a checkpoint is due, and how far the one in flight is."""
+    origin: Origin | None = None
+    """Weights that a fresh run was started from, if it was given any."""
+    losses_before: tuple[float, ...] = ()
+    """Losses that the next one is compared with."""
+    token: int = 0
+    """Fencing token of this job."""
+    rewinds: tuple[Rewind, ...] = ()
+    """Steps that are left out."""
 
     @property
     def run_dir(self) -> Path:
@@ -52,7 +65,12 @@ class Parts:
 
 
 def build(
-    config: RunConfig, launch: Launch, device: torch.device, start: Start, stop: StopWatch
+    config: RunConfig,
+    launch: Launch,
+    device: torch.device,
+    start: Start,
+    wish: Wish,
+    care: Supervision,
 ) -> Parts:
     """Opens the data, builds the networks and restores the commit, if there is one.
 
@@ -61,22 +79,27 @@ def build(
     """
     identity = check_run(config, launch.world_size)
     state = read_state(start.found.commit.path) if start.found else None
-    if state is not None:
+    if state is not None and not wish.allow_dataset_change:
         check_same(DataIdentity.from_dict(state["data"]), identity)
     first_step = state["step"] + 1 if state else 1
+    given = open_initial(config) if state is None else None
     # Workers start first: they import and decode while the networks are built.
     loader = make_loader(
         config.data,
-        plans=partial(rank_plans, config, launch.rank, launch.world_size, first_step),
+        plans=partial(rank_plans, config, launch, first_step, start.rewinds),
         collate=partial(collate_plan, seed=config.seed),
         seed=config.seed,
         pin=device.type == "cuda",
     )
     seed_everything(config.seed)
     engine = ZeroEngine(config, device)
+    origin = None
     if start.found is not None:
         take_up(engine, start.found, seed=config.seed)
+    elif given is not None:
+        origin = load_initial(engine, config, given)
     return Parts(
+        origin=origin,
         config=config,
         launch=launch,
         device=device,
@@ -84,25 +107,40 @@ def build(
         engine=engine,
         loader=loader,
         tracker=_tracker(config, launch, resume=state is not None),
-        stop=stop,
+        care=care,
         identity=identity,
         first_step=first_step,
         is_fresh=state is None,
         faults_before=state["num_faults"] if state else 0,
+        saves=SaveClock(config.checkpoint),
+        losses_before=tuple(state.get("recent_losses", ())) if state else (),
+        token=start.token,
+        rewinds=start.rewinds,
     )
 
 
 def rank_plans(
-    config: RunConfig, rank: int, world_size: int, first_step: int
+    config: RunConfig, launch: Launch, first_step: int, rewinds: tuple[Rewind, ...]
 ) -> Iterator[MicroBatchPlan]:
     """The micro-batches of a rank from a step to the run's end; called in every loader worker."""
-    share = Share(global_batch=config.global_batch, rank=rank, world_size=world_size)
-    return micro_batch_plans(
+    share = Share(global_batch=config.global_batch, rank=launch.rank, world_size=launch.world_size)
+    plans = micro_batch_plans(
         config.stages, share, first_step, config.num_steps, config.masks, config.grid
     )
+    return (plan for plan in plans if not left_out(plan.step, rewinds))
 
 
-def run_state(parts: Parts, step: int, num_faults: int) -> dict:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What guards count and a checkpoint keeps."""
+
+    num_faults: int
+    """Bad samples of the run so far."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses that the next one is compared with."""
+
+
+def run_state(parts: Parts, step: int, counts: Counts) -> dict:
     """What state.json keeps: the same on all ranks, and all that a resume needs besides weights."""
     return {
         "step": step,
@@ -110,7 +148,8 @@ def run_state(parts: Parts, step: int, num_faults: int) -> dict:
         "run_id": parts.run_id,
         "data": parts.identity.to_dict(),
         "groups": parts.engine.group_table(),
-        "num_faults": num_faults,
+        "num_faults": counts.num_faults,
+        "recent_losses": list(counts.recent_losses),
         "world_size": dist.get_world_size(),
     }
 

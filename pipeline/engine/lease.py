@@ -10,14 +10,13 @@ import contextlib
 import json
 import os
 import re
-import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.environment import job_id
+from pipeline.engine.owner import Owner, is_seen_from, process_mark, read_owner, this_process
 from pipeline.errors import StorageError, UsageError
 
 LEASE_FOLDER = "lease"
@@ -30,28 +29,6 @@ _POLL_SECONDS = 0.5
 
 class OwnerError(UsageError):
     """Another job owns the run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
-    """Who made a lease."""
-
-    host: str
-    pid: int
-    process: str
-    """Boot, process namespace and start time: the same number again is another process."""
-    job: str = ""
-    """The scheduler's job, if there is one."""
-    launcher_attempt: str = ""
-    since: str = ""
-    """UTC; a label only."""
-    released: bool = False
-
-    @property
-    def words(self) -> str:
-        """How messages name it."""
-        job = f", job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +91,45 @@ class Lease:
                 os.utime(self._path)
 
 
+class Ownership:
+    """A rank's share in owning the run: rank 0 holds the lease, for the others this is empty."""
+
+    def __init__(self) -> None:
+        self._lease: Lease | None = None
+
+    @property
+    def token(self) -> int:
+        """The fencing token; 0 where there is none."""
+        return self._lease.token if self._lease is not None else 0
+
+    def take(self, run_dir: Path) -> int:
+        """Makes this process the run's owner and keeps it so.
+
+        Returns:
+            The fencing token.
+
+        Raises:
+            OwnerError: The run has a living owner.
+        """
+        self._lease = acquire(run_dir)
+        self._lease.keep_alive()
+        return self._lease.token
+
+    def check(self) -> None:
+        """Refuses to write for a run that another job has taken over.
+
+        Raises:
+            OwnerError: It has.
+        """
+        if self._lease is not None:
+            self._lease.check()
+
+    def release(self) -> None:
+        """Gives the run up."""
+        if self._lease is not None:
+            self._lease.release()
+
+
 def acquire(run_dir: Path, *, stale_seconds: float = STALE_SECONDS) -> Lease:
     """Makes this process the owner of a run.
 
@@ -125,7 +141,7 @@ def acquire(run_dir: Path, *, stale_seconds: float = STALE_SECONDS) -> Lease:
         StorageError: The folder cannot be written to.
     """
     folder = run_dir / LEASE_FOLDER
-    me = _this_process()
+    me = this_process()
     deadline = time.monotonic() + 2 * stale_seconds
     try:
         folder.mkdir(exist_ok=True)
@@ -153,7 +169,7 @@ def look(run_dir: Path) -> Held | None:
     except FileNotFoundError:  # taken over and removed since it was listed
         return look(run_dir)
     age = max(0.0, _now_of(folder) - stamp.st_mtime)
-    return Held(token=tokens[-1], owner=_read(path), age_seconds=age, stamp=stamp.st_mtime_ns)
+    return Held(token=tokens[-1], owner=read_owner(path), age_seconds=age, stamp=stamp.st_mtime_ns)
 
 
 def _make(folder: Path, token: int, me: Owner) -> Lease | None:
@@ -182,7 +198,7 @@ def _is_free(held: Held, me: Owner, stale_seconds: float) -> bool:
     if owner is not None:
         if owner.released:
             return True
-        if _is_seen_from(owner, me) and _process_mark(owner.pid) != owner.process:
+        if is_seen_from(owner, me) and process_mark(owner.pid) != owner.process:
             return True
         if owner.job and owner.job == me.job and owner.launcher_attempt != me.launcher_attempt:
             # The scheduler starts a job again only when its former processes are gone.
@@ -197,7 +213,7 @@ def _wait_or_refuse(run_dir: Path, held: Held, deadline: float) -> None:
         OwnerError: It lives.
     """
     owner = held.owner
-    lives_here = owner is not None and _is_seen_from(owner, _this_process())
+    lives_here = owner is not None and is_seen_from(owner, this_process())
     is_fresh = held.age_seconds < 2 * _TOUCH_SECONDS
     if not (lives_here and is_fresh) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -211,40 +227,6 @@ def _wait_or_refuse(run_dir: Path, held: Held, deadline: float) -> None:
         f"{held.age_seconds:.0f} s ago.",
         remedy=f"See `jepa status {run_dir}`; `jepa stop {run_dir}` ends that job.",
     )
-
-
-def _this_process() -> Owner:
-    job, attempt = job_id()
-    return Owner(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        process=_process_mark(os.getpid()),
-        job=job,
-        launcher_attempt=attempt,
-        since=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-    )
-
-
-def _process_mark(pid: int) -> str:
-    """Tells a process from a later one of the same number; empty if there is none."""
-    try:
-        # The command's name may hold spaces; what follows its bracket does not.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = Path("/proc/self/ns/pid").readlink().name
-    except OSError:
-        return ""
-    state, start = words[0], words[19]
-    return "" if state in "ZX" else f"{boot}/{space}/{start}"
-
-
-def _is_seen_from(owner: Owner, me: Owner) -> bool:
-    """Whether `me` can tell if that process lives: same machine, same process numbers."""
-    return owner.host == me.host and _namespace(owner.process) == _namespace(me.process)
-
-
-def _namespace(mark: str) -> str:
-    return mark.rpartition("/")[0]
 
 
 def _tokens(folder: Path) -> list[int]:
@@ -269,15 +251,6 @@ def _now_of(folder: Path) -> float:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Owner | None:
-    known = {field.name for field in fields(Owner)}
-    try:
-        record = json.loads(path.read_text())
-        return Owner(**{key: value for key, value in record.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
 
 
 def _write(path: Path, owner: Owner) -> None:

@@ -1,82 +1,98 @@
 """The loop: every effect of a step, in order, on one screen."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from pipeline.checkpoint.layout import list_commits
+from pipeline.engine.agree import agree_on_stop
 from pipeline.engine.build import Parts, build
 from pipeline.engine.commit import Saver
 from pipeline.engine.guards import Guards
-from pipeline.engine.rundir import begin_again, begin_fresh, clear_the_way
-from pipeline.engine.step import take_step
-from pipeline.engine.stop import StopReason, StopWatch
+from pipeline.engine.last_words import as_peer_loss
+from pipeline.engine.rundir import Wish, begin, clear_the_way, note_end
+from pipeline.engine.spikes import Spike, plan_rewind
+from pipeline.engine.step import StepResult, take_step
+from pipeline.engine.stop import StopReason
+from pipeline.engine.supervision import Supervision, supervised
 from pipeline.environment import (
     Launch,
     choose_device,
     join_process_group,
     leave_process_group,
     process_age_seconds,
+    record_collectives,
     set_cpu_threads,
 )
-from pipeline.errors import ExitCode
+from pipeline.errors import ExitCode, NumericsError
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
+from pipeline.track.faults import FAULTS_FOLDER, fault_fields
+from pipeline.track.rewinds import steps_to_take, write_rewinds
 
 
-def train(
-    config: RunConfig, launch: Launch, *, resume: bool = False, step: int | None = None
-) -> ExitCode:
+def train(config: RunConfig, launch: Launch, wish: Wish) -> ExitCode:
     """Trains a run to its end, or until it is asked to stop.
 
     Args:
         config: The run.
         launch: This process's place among the ranks.
-        resume: Go on from a commit; a fresh run otherwise.
-        step: The commit to go on from; the newest that is whole by default.
+        wish: What this start was asked for.
 
     Returns:
-        DONE, or SAVED_RUN_AGAIN after a stop whose commit is whole.
+        DONE, or SAVED_RUN_AGAIN after a stop in good order.
 
     Raises:
         JepaError: Whatever ended the run; its exit code says of what kind it is.
     """
-    stop = StopWatch(config.run_dir, is_main=launch.rank == 0)
-    # From the first moment: a signal during start-up is obeyed after the first step.
-    with stop.listening():
-        parts = _start_up(config, launch, stop, resume=resume, step=step)
+    with supervised(config, launch) as care:
         try:
-            reason = _loop(parts)
+            parts = _start_up(config, launch, wish, care)
+            ending = _guarded_loop(parts, care)
         except BaseException as error:
-            # No collectives from here on: a peer may be gone.
-            parts.tracker.event("fault", reason=f"{type(error).__name__}: {error}")
-            parts.tracker.close("failed")
+            told = as_peer_loss(error, launch)
+            care.last_words.leave(told or error)
+            if told is not None:
+                raise told from error
             raise
         # Still listening: a second signal must not end a run that has saved with another code.
-        _end(parts, reason)
-    return ExitCode.DONE if reason is StopReason.NONE else ExitCode.SAVED_RUN_AGAIN
+        _end(parts, ending)
+    return ExitCode.DONE if ending is None else ExitCode.SAVED_RUN_AGAIN
 
 
-def _start_up(
-    config: RunConfig, launch: Launch, stop: StopWatch, *, resume: bool, step: int | None
-) -> Parts:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ending:
+    """Why a run stops before its last step."""
+
+    words: str
+    is_in_order: bool = True
+    """False if it was stopped without a save: three of those in a row are no progress."""
+
+
+def _start_up(config: RunConfig, launch: Launch, wish: Wish, care: Supervision) -> Parts:
     ages = [process_age_seconds()]
     set_cpu_threads(launch)
     device = choose_device(launch)
+    if device.type == "cuda":
+        record_collectives(config.run_dir / FAULTS_FOLDER)
     join_process_group(launch, device, timeout_seconds=config.peer_timeout_seconds)
     ages.append(process_age_seconds())
-    start = begin_again(config, launch, step) if resume else begin_fresh(config, launch)
-    stop.clear()
-    parts = build(config, launch, device, start, stop)
-    if launch.rank == 0 and resume:
+    start = begin(config, launch, wish, care.ownership)
+    care.attach(config, start)
+    care.stop.clear()
+    parts = build(config, launch, device, start, wish, care)
+    if launch.rank == 0 and wish.resume:
         # Not before everything else has been found right: a refused resume changes nothing.
         start = replace(start, ignored=tuple(clear_the_way(config.run_dir, parts.first_step - 1)))
     ages.append(process_age_seconds())
     parts.tracker.event(
-        "resume" if resume else "start",
+        "resume" if wish.resume else "start",
         step=parts.first_step - 1,
         world_size=launch.world_size,
         start_up_seconds=_phases(ages),
         ignored_saves=list(start.ignored),
         rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
     )
+    if parts.origin is not None:
+        parts.tracker.event("init_from", step=0, **parts.origin.to_dict())
     return parts
 
 
@@ -86,34 +102,124 @@ def _phases(ages: list[float]) -> dict[str, float]:
     return {phase: round(value, 2) for phase, value in seconds.items()}
 
 
-def _loop(parts: Parts) -> StopReason:
-    config, saver, guards = parts.config, Saver(parts), Guards(parts)
+def _guarded_loop(parts: Parts, care: Supervision) -> _Ending | None:
+    saver = Saver(parts)
+    try:
+        return _loop(parts, saver)
+    except BaseException as error:
+        # No collectives from here on: a peer may be gone.
+        told = as_peer_loss(error, parts.launch) or error
+        care.last_words.leave(told)
+        saver.settle()
+        if parts.launch.rank == 0:
+            for fault in care.last_words.collect(told):
+                parts.tracker.event("fault", **fault_fields(fault))
+        parts.tracker.close("failed")
+        raise
+
+
+def _loop(parts: Parts, saver: Saver) -> _Ending | None:
+    config, care = parts.config, parts.care
+    guards = Guards(parts)
+    asked = agree_on_stop(care.stop.noted, parts.device)
+    if asked is not StopReason.NONE:
+        return _Ending(words=f"{asked.words} before the first step; nothing to save")
     if parts.is_fresh:
         # The untrained weights: what a probe compares with, and the proof that saving works.
-        saver.commit(0, guards.num_faults, last=True)
-    for step in range(parts.first_step, config.num_steps + 1):
+        _save(parts, saver, guards, 0, last=True)
+    stage = -1
+    for step in steps_to_take(parts.first_step, config.num_steps, parts.rewinds):
         place = place_of_step(config.stages, step)
-        if place.step_in_stage == 1:
+        care.watchdog.begin("step", step, has_precedent=place.index == stage)
+        if place.index != stage and place.step_in_stage == 1:
             parts.tracker.event("stage", step=step, stage=place.stage.name)
-        result = take_step(parts, step)
+        stage = place.index
+        result = take_step(parts, step, guards)
+        care.watchdog.enter("log")
+        care.ownership.check()
         parts.tracker.log(result.report)
-        guards.watch(result)
-        stopping = result.stop is not StopReason.NONE
-        stage_ends = place.step_in_stage == place.stage.steps
-        if stopping or stage_ends or step % config.checkpoint.every_steps == 0:
-            last = stopping or step == config.num_steps
-            saver.commit(step, guards.num_faults, last=last)
-        if stopping and step < config.num_steps:
-            return result.stop
-    return StopReason.NONE
+        guards.watch(result.report, result.agreed, result.faults, result.verdict.skip_reason)
+        saver.look(result.agreed.save)
+        if result.verdict.rewind is not None:
+            return _rewind(parts, saver, result.verdict.rewind)
+        ending = _save_if_due(parts, saver, guards, result)
+        if ending is not None:
+            return ending
+    saver.finish(last=True)  # in flight if the steps after it are left out
+    return None
 
 
-def _end(parts: Parts, reason: StopReason) -> None:
-    if reason is StopReason.NONE:
+def _save_if_due(parts: Parts, saver: Saver, guards: Guards, result: StepResult) -> _Ending | None:
+    """Saves what is to be saved after a step, and says whether the run stops here."""
+    config, agreed, step = parts.config, result.agreed, result.report.step
+    place = place_of_step(config.stages, step)
+    is_last = step == config.num_steps
+    stop = StopReason.NONE if is_last else agreed.stop
+    parts.care.stop.expect(
+        step_seconds=parts.care.watchdog.recent("step"), save_seconds=agreed.save_seconds
+    )
+    if stop is not StopReason.NONE and agreed.save_seconds > agreed.seconds_left:
+        saver.settle()
+        newest = max((c.step for c in list_commits(parts.run_dir)), default=None)
+        return _Ending(
+            words=f"{stop.words}; not enough time to save (need {agreed.save_seconds:.0f} s, have "
+            f"{max(0.0, agreed.seconds_left):.0f} s); the last checkpoint is step {newest}",
+            is_in_order=False,
+        )
+    ends_stage = place.step_in_stage == place.stage.steps
+    if not (stop or ends_stage or parts.saves.must_save(step, agreed.save)):
+        return None
+    _save(parts, saver, guards, step, last=is_last or stop is not StopReason.NONE)
+    if stop is StopReason.NONE and not is_last:
+        # Asked for during the save: the run need not take another step to save again.
+        stop = agree_on_stop(parts.care.stop.noted, parts.device)
+        if stop is not StopReason.NONE:
+            saver.finish(last=True)
+    return None if stop is StopReason.NONE else _Ending(words=stop.words)
+
+
+def _save(parts: Parts, saver: Saver, guards: Guards, step: int, *, last: bool) -> None:
+    parts.care.watchdog.begin("save", step)
+    parts.care.ownership.check()
+    saver.commit(step, guards.counts(), last=last)
+
+
+def _rewind(parts: Parts, saver: Saver, spike: Spike) -> _Ending:
+    """Puts on record what is to be left out; the next start goes back and does so.
+
+    Raises:
+        NumericsError: The run has been rewound too often.
+    """
+    saver.finish()
+    config = parts.config.guards
+    if len(parts.rewinds) >= config.max_rewinds:
+        raise NumericsError(
+            f"{spike.words}; the run has been rewound {len(parts.rewinds)} times, allowed are "
+            f"{config.max_rewinds}."
+        )
+    stage = place_of_step(parts.config.stages, spike.step)
+    first = spike.step - stage.step_in_stage + 1
+    commits = [commit.step for commit in list_commits(parts.run_dir)]
+    plan = plan_rewind(spike, commits, config, range(first, first + stage.stage.steps))
+    words = (
+        f"{spike.words}; going back to step {plan.to_step}, leaving out steps {plan.first_step} to "
+        f"{plan.last_step}"
+    )
+    if parts.launch.rank == 0:
+        write_rewinds(parts.run_dir, [*parts.rewinds, plan])
+    parts.tracker.event("rewind", step=spike.step, reason=words)
+    return _Ending(words=words)
+
+
+def _end(parts: Parts, ending: _Ending | None) -> None:
+    parts.care.watchdog.begin("end", parts.config.num_steps)
+    if ending is None:
         parts.tracker.event("end", step=parts.config.num_steps, reason="all stages are done")
         parts.tracker.close("finished")
     else:
-        parts.tracker.event("stop", reason=reason.words)
+        parts.tracker.event("stop", reason=ending.words)
         parts.tracker.close("stopped")
+    if parts.launch.rank == 0 and (ending is None or ending.is_in_order):
+        note_end(parts.run_dir, "finished" if ending is None else "stopped")
     parts.loader.close()
     leave_process_group()

@@ -1,24 +1,33 @@
 """A run's folder: made once, taken up again on every resume, never shared by two runs."""
 
-import fcntl
+import hashlib
+import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from pipeline.checkpoint.layout import list_commits
 from pipeline.checkpoint.load import Found, find_commit
-from pipeline.checkpoint.save import clear_partials, set_aside_after
+from pipeline.checkpoint.retain import clear_partials, set_aside_after
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
+from pipeline.engine.lease import Ownership
 from pipeline.environment import Launch, git_commit, machine
-from pipeline.errors import CheckpointError, JepaError, StorageError, UsageError
+from pipeline.errors import (
+    CheckpointError,
+    JepaError,
+    NoProgressError,
+    StorageError,
+    UsageError,
+)
 from pipeline.files import write_atomically
 from pipeline.run import RunConfig
+from pipeline.track.faults import FAULTS_FOLDER, read_faults, with_faults
 from pipeline.track.folder import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -26,13 +35,31 @@ from pipeline.track.folder import (
     QUARANTINE_FILE,
     RUN_FILE,
     read_run_info,
+    update_run_info,
     write_json,
 )
 from pipeline.track.jsonl import JsonLinesWriter
+from pipeline.track.metrics import read_events
+from pipeline.track.rewinds import Rewind, pending, read_rewinds, write_rewinds
 
 _T = TypeVar("_T")
-# Open until the process ends: closing a file gives up its lock.
-_held: list[IO[str]] = []
+_MAX_STARTS_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What a start was asked for."""
+
+    resume: bool = False
+    """Go on from a commit; a fresh run otherwise."""
+    step: int | None = None
+    """The commit to go on from; the newest that is whole by default."""
+    allow_dataset_change: bool = False
+    """Go on although the data is not what it was."""
+    retry: bool = False
+    """Go on although the last starts came nowhere."""
+    is_unattended: bool = False
+    """A scheduler starts this run again and again, so a crash loop has to end by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,26 +69,34 @@ class Start:
     run_id: str
     found: Found | None
     """The commit to go on from, or None for a fresh run."""
+    attempt: int = 1
+    """How often the run has been started, this time included."""
+    token: int = 0
+    """Fencing token of the job that owns the run."""
+    rewinds: tuple[Rewind, ...] = ()
+    """Steps to leave out."""
     ignored: tuple[str, ...] = ()
     """Saves that were cut short and have been removed, and newer commits that were set aside."""
 
 
-def begin_fresh(config: RunConfig, launch: Launch) -> Start:
-    """Makes the folder of a new run.
+def begin(config: RunConfig, launch: Launch, wish: Wish, ownership: Ownership) -> Start:
+    """Makes the folder of a new run, or finds the commit from which a run goes on.
 
     Raises:
-        UsageError: There is a run of this name with checkpoints; it is left untouched.
+        OwnerError: The run belongs to another job.
+        UsageError: A new run was asked for and there is one of this name; it is left untouched.
+        CheckpointError: There is no commit to go on from, or it is damaged.
+        NoProgressError: The last starts all ended before another commit.
     """
-    return _told_by_rank_0(lambda: _make_folder(config, launch))
+    action = _find if wish.resume else _make_folder
+    return _told_by_rank_0(lambda: action(config, launch, wish, ownership))
 
 
-def begin_again(config: RunConfig, launch: Launch, step: int | None) -> Start:
-    """Finds the commit from which a run goes on, every digest checked.
-
-    Raises:
-        CheckpointError: There is none, it is damaged, or it was saved by another number of ranks.
-    """
-    return _told_by_rank_0(lambda: _find(config, launch, step))
+def note_end(run_dir: Path, how: str) -> None:
+    """Records that this attempt ended in good order: it does not count as a failed start."""
+    starts = read_run_info(run_dir).get("starts", [])
+    if starts:
+        update_run_info(run_dir, {"starts": [*starts[:-1], {**starts[-1], "ended": how}]})
 
 
 def clear_the_way(run_dir: Path, step: int) -> list[str]:
@@ -70,6 +105,9 @@ def clear_the_way(run_dir: Path, step: int) -> list[str]:
     Returns:
         Names of what was removed, and new names of what was set aside.
     """
+    rewinds = read_rewinds(run_dir)
+    if pending(rewinds) is not None:
+        write_rewinds(run_dir, [replace(rewind, is_done=True) for rewind in rewinds])
     return clear_partials(run_dir) + set_aside_after(run_dir, step)
 
 
@@ -89,8 +127,28 @@ def append_faults(run_dir: Path, faults: tuple[SampleFault, ...]) -> None:
     writer.close()
 
 
-def _make_folder(config: RunConfig, launch: Launch) -> Start:
+def _make_folder(config: RunConfig, launch: Launch, wish: Wish, ownership: Ownership) -> Start:
     run_dir = config.run_dir
+    _must_be_new(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    token = ownership.take(run_dir)
+    _must_be_new(run_dir)  # the former owner may have saved while its lease was waited for
+    earlier = read_run_info(run_dir).get("starts", []) if wish.is_unattended else []
+    write_atomically(run_dir / CONFIG_FILE, resolved_yaml(config))
+    _check_progress(run_dir, earlier, 0, wish)
+    # An attempt that never took a step has left nothing to continue or to lose.
+    for leftover in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE):
+        (run_dir / leftover).unlink(missing_ok=True)
+    if not earlier:
+        shutil.rmtree(run_dir / FAULTS_FOLDER, ignore_errors=True)
+    run_id = uuid.uuid4().hex[:12]
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    fields = {"run_id": run_id, "name": config.name, "created": created, "starts": earlier}
+    attempt = _note_start(run_dir, launch, 0, fields)
+    return Start(run_id=run_id, found=None, attempt=attempt, token=token)
+
+
+def _must_be_new(run_dir: Path) -> None:
     if list_commits(run_dir):
         raise UsageError(
             f"{run_dir} already holds a run with checkpoints.",
@@ -101,69 +159,71 @@ def _make_folder(config: RunConfig, launch: Launch) -> Start:
             f"{run_dir} holds the records of a run whose checkpoints are gone.",
             remedy="Choose another name=…, or move that folder away.",
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _hold(run_dir)
-    # An attempt that never took a step has left nothing to continue or to lose.
-    for leftover in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE):
-        (run_dir / leftover).unlink(missing_ok=True)
-    write_atomically(run_dir / CONFIG_FILE, resolved_yaml(config))
-    run_id = uuid.uuid4().hex[:12]
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    _note_start(run_dir, launch, 0, {"run_id": run_id, "name": config.name, "created": created})
-    return Start(run_id=run_id, found=None)
 
 
-def _find(config: RunConfig, launch: Launch, step: int | None) -> Start:
+def _find(config: RunConfig, launch: Launch, wish: Wish, ownership: Ownership) -> Start:
     run_dir = config.run_dir
-    _hold(run_dir)
-    found = find_commit(run_dir, step)
-    saved = found.manifest.world_size
-    if saved != launch.world_size:
-        raise CheckpointError(
-            f"Step {found.commit.step} of {run_dir} was saved by {saved} ranks; "
-            f"this job has {launch.world_size}.",
-            remedy=f"Start {saved} ranks: `jepa resume {run_dir} --ranks {saved}`.",
-        )
+    token = ownership.take(run_dir)
+    rewinds = read_rewinds(run_dir)
+    back = pending(rewinds)
+    found = find_commit(run_dir, back.to_step if back and wish.step is None else wish.step)
     info = read_run_info(run_dir)
     if info.get("run_id") != found.manifest.run_id:
         raise CheckpointError(
             f"{found.commit.path} belongs to run {found.manifest.run_id}, "
             f"the folder to run {info.get('run_id')}: two runs were mixed."
         )
-    _note_start(run_dir, launch, found.commit.step, {})
-    return Start(run_id=found.manifest.run_id, found=found)
+    # What a rewind leaves out is new, so going back for it is no failed start.
+    earlier = [] if back else info.get("starts", [])
+    _check_progress(run_dir, earlier, found.commit.step, wish)
+    return Start(
+        run_id=found.manifest.run_id,
+        found=found,
+        attempt=_note_start(run_dir, launch, found.commit.step, info),
+        token=token,
+        rewinds=rewinds,
+    )
 
 
-def _hold(run_dir: Path) -> None:
-    """Makes this process the run's owner until it ends, on this machine or where locks are shared.
+def _check_progress(run_dir: Path, starts: list[dict[str, Any]], step: int, wish: Wish) -> None:
+    """Ends a crash loop.
 
     Raises:
-        UsageError: Another job owns it.
+        NoProgressError: The last starts went on from this very step with this configuration, and
+            none of them ended in good order or came to another commit.
     """
-    lock = (run_dir / ".lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"{run_dir} is in use by another job.",
-            remedy=f"See `jepa status {run_dir}`; `jepa stop {run_dir}` ends that job.",
-        ) from None
-    _held.append(lock)
+    last = starts[-_MAX_STARTS_WITHOUT_PROGRESS:]
+    config = _config_digest(run_dir)
+    came_nowhere = [s for s in last if (s["step"], s.get("config")) == (step, config)]
+    failed = [start for start in came_nowhere if "ended" not in start]
+    if wish.retry or len(failed) < _MAX_STARTS_WITHOUT_PROGRESS:
+        return
+    events = with_faults(read_events(run_dir), read_faults(run_dir))
+    faults = [str(e.details.get("reason", e.name)) for e in events if e.name == "fault"]
+    raise NoProgressError(
+        f"{run_dir} was started {len(failed)} times from step {step} and never came to another "
+        f"checkpoint. The last error: {faults[-1] if faults else 'it died without a word'}",
+        remedy=f"Mend the cause, then `jepa resume {run_dir} --retry`, or change its config.yaml.",
+    )
 
 
-def _note_start(run_dir: Path, launch: Launch, step: int, fields: dict[str, Any]) -> None:
-    # A fresh run brings its own fields and forgets those of an attempt that never saved.
-    info = fields or read_run_info(run_dir)
+def _config_digest(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / CONFIG_FILE).read_bytes()).hexdigest()[:16]
+
+
+def _note_start(run_dir: Path, launch: Launch, step: int, info: dict[str, Any]) -> int:
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "world_size": launch.world_size,
         "launcher": launch.launcher,
+        "config": _config_digest(run_dir),
         "code": git_commit(Path(__file__).parent),
         "machine": machine(),
     }
     starts = [*info.get("starts", []), entry]
     write_json(run_dir / RUN_FILE, {**info, "world_size": launch.world_size, "starts": starts})
+    return len(starts)
 
 
 def _told_by_rank_0(action: Callable[[], _T]) -> _T:

@@ -1,21 +1,17 @@
-"""Loss spikes: found against the steps just before, and the steps that a rewind leaves out.
+"""Loss spikes: found against the steps just before, and what is left out after a rewind.
 
-The window and the list of steps left out are part of a checkpoint, so a resumed run takes the same
-decisions as one that was never stopped.
+The window is part of a checkpoint, so a resumed run takes the same decisions as one that was never
+stopped.
 """
 
-import json
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pipeline.errors import CheckpointError
-from pipeline.files import write_atomically
 from pipeline.limits import GuardsConfig
+from pipeline.track.rewinds import Rewind
 
-REWINDS_FILE = "rewinds.json"
 # A standard deviation from the median distance to the median, for a normal distribution.
 _NORMAL = 1.4826
 # Of a loss that hardly moves, every wobble would be many deviations away.
@@ -81,29 +77,15 @@ class SpikeWindow:
         return Spike(step=step, loss=loss, median=median, sigmas=sigmas)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rewind:
-    """Steps that are left out for good, and the checkpoint from which the run went on."""
-
-    spike_step: int
-    to_step: int
-    first_step: int
-    last_step: int
-    reason: str
-    is_done: bool = False
-    """Whether the run has been taken up from there."""
-
-
-def plan_rewind(
-    spike: Spike, commits: Sequence[int], config: GuardsConfig, num_steps: int
-) -> Rewind:
+def plan_rewind(spike: Spike, commits: Sequence[int], config: GuardsConfig, stage: range) -> Rewind:
     """Where to go back to and what to leave out: the steps on either side of the spike.
 
     Args:
         spike: What was found.
         commits: Steps of the checkpoints there are, at least one before the spike.
         config: How many steps to leave out.
-        num_steps: Steps of the whole run; the last is never left out, since it ends the run.
+        stage: The steps of the spike's stage. None of another is left out, nor its last one, which
+            is saved.
     """
     wanted = spike.step - config.spike_skip_steps
     before = [step for step in commits if step < spike.step]
@@ -111,45 +93,7 @@ def plan_rewind(
     return Rewind(
         spike_step=spike.step,
         to_step=to_step,
-        first_step=max(wanted, to_step + 1),
-        last_step=min(spike.step + config.spike_skip_steps, num_steps - 1),
+        first_step=max(wanted, to_step + 1, stage[0]),
+        last_step=min(spike.step + config.spike_skip_steps, stage[-1] - 1),
         reason=spike.words,
     )
-
-
-def read_rewinds(run_dir: Path) -> tuple[Rewind, ...]:
-    """All rewinds of a run, oldest first.
-
-    Raises:
-        CheckpointError: Their record cannot be read: which steps to leave out is not known.
-    """
-    path = run_dir / REWINDS_FILE
-    try:
-        return tuple(Rewind(**record) for record in json.loads(path.read_text()))
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"Cannot read {path}: {error}", remedy="Restore it: it says which steps to leave out."
-        ) from error
-
-
-def write_rewinds(run_dir: Path, rewinds: Iterable[Rewind]) -> None:
-    """Replaces the record."""
-    text = json.dumps([asdict(rewind) for rewind in rewinds], indent=1)
-    write_atomically(run_dir / REWINDS_FILE, text + "\n")
-
-
-def pending(rewinds: Sequence[Rewind]) -> Rewind | None:
-    """The rewind that the next start has to carry out."""
-    return rewinds[-1] if rewinds and not rewinds[-1].is_done else None
-
-
-def left_out(step: int, rewinds: Iterable[Rewind]) -> bool:
-    """Whether a step is left out: its clips are not trained on, its number passes."""
-    return any(rewind.first_step <= step <= rewind.last_step for rewind in rewinds)
-
-
-def steps_to_take(first: int, last: int, rewinds: Sequence[Rewind]) -> Iterator[int]:
-    """The steps from `first` to `last` that are not left out."""
-    return (step for step in range(first, last + 1) if not left_out(step, rewinds))

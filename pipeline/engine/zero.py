@@ -29,7 +29,7 @@ from pipeline.engine.zero_state import ZeroState, refresh_gathered
 from pipeline.models.teacher import AveragedShard, TeacherAverage
 from pipeline.objectives import build_objective
 from pipeline.objectives.base import BuildOptions, Objective
-from pipeline.optim import parameter_groups
+from pipeline.optim import adamw, parameter_groups
 from pipeline.run import RunConfig
 
 
@@ -76,13 +76,7 @@ class ZeroEngine:
             self._root = _Trained(self.objective)
         groups = parameter_groups(self.objective.modules().items())
         self._decays = [group["decays"] for group in groups]
-        optimizer = torch.optim.AdamW(
-            [{"params": g["params"], "name": g["name"], "weight_decay": 0.0} for g in groups],
-            lr=0.0,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            fused=device.type == "cuda",
-        )
+        optimizer = adamw(groups, config.optimizer)
         # Untyped: which of its optimisers DeepSpeed wraps ours in depends on the stage.
         self._engine: Any = deepspeed.initialize(
             model=self._root, optimizer=optimizer, config=settings
@@ -124,6 +118,21 @@ class ZeroEngine:
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
         norm = self._engine.get_global_grad_norm() if self._stage else own_norm
         return Update(gradient_norm=float("nan") if norm is None else float(norm), skipped=skipped)
+
+    def drop(self) -> None:
+        """Forgets the gradient of a step: weights, moments and averages stay as they were.
+
+        DeepSpeed's own way of leaving a step out is the one that clears all of its buffers, and it
+        takes it for a gradient that is not finite.
+        """
+        if not self._stage:
+            self._engine.zero_grad()
+            return
+        kept = self._engine.optimizer.averaged_gradients
+        for gradient in (one for group in kept.values() for one in group or ()):
+            if gradient is not None:
+                gradient.fill_(math.nan)
+        self._engine.step()
 
     def group_table(self) -> list[dict[str, Any]]:
         """Name, learning rate and weight decay of every parameter group, as they stand."""
@@ -214,7 +223,11 @@ def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": config.zero.stage,
+            # Gradients are reduced on a stream of their own while the backward pass goes on; a CPU
+            # has no streams.
             "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.zero.reduce_bucket_size,
             "stage3_param_persistence_threshold": config.zero.persistence_threshold,
             "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
         },

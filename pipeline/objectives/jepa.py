@@ -19,6 +19,7 @@ from pipeline.models.layers import gather_tokens
 from pipeline.models.predictor import Predictor, PredictorConfig
 from pipeline.objectives import base
 from pipeline.schedule import Ramp, linear
+from pipeline.track.collapse import FEATURE_STD_HEALTHY
 
 # Enough tokens of each clip to see the rank of the features, few enough to gather every time.
 _FEATURES_PER_CLIP = 16
@@ -60,7 +61,7 @@ class Objective(base.Objective):
 
     gates = (
         base.Gate(metric="health.effective_rank", healthy="up"),
-        base.Gate(metric="health.feature_std", healthy="above", threshold=0.1),
+        base.Gate(metric="health.feature_std", healthy="above", threshold=FEATURE_STD_HEALTHY),
     )
 
     def __init__(self, config: Config, options: base.BuildOptions) -> None:

@@ -6,17 +6,18 @@ features die, and rise while they grow richer. So the verdict looks at the featu
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pipeline.clip import StepReport
-
-State = Literal["healthy", "watch", "collapsed"]
+from pipeline.track.collapse import LIMITS, SMOOTH, Evidence, State, evidence, recent
 
 _WORSE: tuple[State, ...] = ("healthy", "watch", "collapsed")
-# One odd batch must not change the verdict: it is taken on the median of this many measurements.
-_SMOOTH = 3
+
+
+# Enough measurements for every rule, few enough for a run of a million steps.
+_KEPT = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,62 +26,8 @@ class Health:
 
     state: State
     sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Limit:
-    """One rule: how a signal is judged and what it means in words."""
-
-    signal: str
-    bad: Callable[[float, float], bool]
-    """Compares (value, limit)."""
-    watch: float
-    collapsed: float
-    meaning: str
-
-
-def _below(value: float, limit: float) -> bool:
-    return value < limit
-
-
-def _above(value: float, limit: float) -> bool:
-    return value > limit
-
-
-_LIMITS = (
-    _Limit(
-        signal="feature_std",
-        bad=_below,
-        watch=0.1,
-        collapsed=0.05,
-        meaning="the features hardly differ from one place or clip to another (spread {value:.3f}, "
-        "healthy is above 0.1)",
-    ),
-    _Limit(
-        signal="effective_rank",
-        bad=_below,
-        watch=3.0,
-        collapsed=1.5,
-        meaning="nearly all features lie along one direction (effective rank {value:.1f}, healthy "
-        "is above 3 and not falling)",
-    ),
-    _Limit(
-        signal="clip_cosine",
-        bad=_above,
-        watch=0.99,
-        collapsed=0.999,
-        meaning="different clips get nearly the same features (cosine similarity {value:.4f}, "
-        "healthy is below 0.99)",
-    ),
-    _Limit(
-        signal="between_clip_share",
-        bad=_below,
-        watch=0.1,
-        collapsed=0.01,
-        meaning="the features say where a token stands rather than what the video shows "
-        "({value:.1%} of their variance is between clips, healthy is above 10 %)",
-    ),
-)
+    evidence: tuple[Evidence, ...] = ()
+    """Every signal that has a limit."""
 
 
 def verdict(history: Sequence[StepReport]) -> Health:
@@ -112,13 +59,42 @@ def verdict(history: Sequence[StepReport]) -> Health:
     reasons = [sentence for _, sentence in sorted(found, key=lambda f: -_WORSE.index(f[0]))]
     if state == "healthy":
         reasons = [_healthy_sentence(measured)]
-    return Health(state=state, sentences=(*reasons, *_loss_sentence(history, measured, state)))
+    return Health(
+        state=state,
+        sentences=(*reasons, *_loss_sentence(history, measured, state)),
+        evidence=evidence(measured),
+    )
+
+
+class HealthWatch:
+    """Says when a live run's verdict gets worse; cheap, since it looks at measured steps alone."""
+
+    def __init__(self) -> None:
+        self._measured: deque[StepReport] = deque(maxlen=_KEPT)
+        self._state: State = "watch"
+
+    def watch(self, report: StepReport) -> list[str]:
+        """Takes in a step.
+
+        Returns:
+            What to raise an alarm with: the reasons, if features have just become worse.
+        """
+        if not report.health:
+            return []
+        self._measured.append(report)
+        if len(self._measured) < SMOOTH:
+            return []
+        now = verdict(self._measured)
+        was, self._state = self._state, now.state
+        if _WORSE.index(now.state) <= max(_WORSE.index(was), _WORSE.index("healthy")):
+            return []
+        return [f"the features went from {was} to {now.state}: {' '.join(now.sentences)}"]
 
 
 def _broken_limits(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
     found: list[tuple[State, str]] = []
-    for limit in _LIMITS:
-        value = _recent(measured, limit.signal)
+    for limit in LIMITS:
+        value = recent(measured, limit.signal)
         if value is None:
             continue
         if math.isnan(value):
@@ -135,7 +111,7 @@ def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
     # Another stage has other clips, and often another number of them: ranks do not compare.
     stage = measured[-1].stage
     ranks = _series([report for report in measured if report.stage == stage], "effective_rank")
-    smooth = [statistics.median(ranks[i : i + _SMOOTH]) for i in range(len(ranks) - _SMOOTH + 1)]
+    smooth = [statistics.median(ranks[i : i + SMOOTH]) for i in range(len(ranks) - SMOOTH + 1)]
     if not smooth:
         return []
     best, last = _best_since_turn(smooth), smooth[-1]
@@ -185,7 +161,7 @@ def _skipped(history: Sequence[StepReport]) -> list[tuple[State, str]]:
 
 
 def _too_early(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
-    if len(measured) >= _SMOOTH:
+    if len(measured) >= SMOOTH:
         return []
     times = "once" if len(measured) == 1 else "twice"
     return [("watch", f"Features have been measured only {times}: too early to tell.")]
@@ -193,7 +169,7 @@ def _too_early(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
 
 def _healthy_sentence(measured: Sequence[StepReport]) -> str:
     parts: list[str] = []
-    rank, spread = _recent(measured, "effective_rank"), _recent(measured, "feature_std")
+    rank, spread = recent(measured, "effective_rank"), recent(measured, "feature_std")
     stage = [report for report in measured if report.stage == measured[-1].stage]
     ranks = _series(stage, "effective_rank")
     if rank is not None and ranks:
@@ -223,16 +199,6 @@ def _loss_sentence(
     if late <= early:
         return (f"The loss fell {move}; that alone proves nothing, only a probe does.",)
     return (f"The loss rose {move}.",)
-
-
-def _recent(measured: Sequence[StepReport], signal: str) -> float | None:
-    values = [
-        report.health[signal] for report in measured if report.health and signal in report.health
-    ]
-    last = values[-_SMOOTH:]
-    if not last:
-        return None
-    return math.nan if math.isnan(last[-1]) else statistics.median(last)
 
 
 def _series(measured: Sequence[StepReport], signal: str) -> list[float]:

@@ -1,0 +1,76 @@
+"""How a rank that ends badly is heard: a file of its own, and rank 0 puts all of them together."""
+
+import time
+from pathlib import Path
+
+from pipeline.engine.hang import Watchdog
+from pipeline.engine.lease import OwnerError
+from pipeline.environment import Launch
+from pipeline.errors import ExitCode, JepaError, PeerLostError
+from pipeline.track.faults import RankFault, read_faults, write_fault
+
+# How gloo, NCCL and the store word the loss of a peer; torch has no class of error for it.
+_PEER_WORDS = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out",
+    "remote process exited",
+    "nccl",
+    "gloo",
+)
+# The rank that failed writes its file before it closes its connections.
+_PATIENCE_SECONDS = 3.0
+
+
+def as_peer_loss(error: BaseException, launch: Launch) -> PeerLostError | None:
+    """The error to report if `error` is a library's way of saying that another rank is gone."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if not any(word in str(error).lower() for word in _PEER_WORDS):
+        return None
+    return PeerLostError(f"Rank {launch.rank} of {launch.world_size} lost its peers: {error}")
+
+
+class LastWords:
+    """Where this rank leaves its last word; nowhere before it is known that the run is ours."""
+
+    def __init__(self, launch: Launch, watchdog: Watchdog) -> None:
+        self._launch, self._watchdog = launch, watchdog
+        self._run_dir: Path | None = None
+        self._attempt = 0
+
+    def attach(self, run_dir: Path, attempt: int) -> None:
+        """The run is ours from here on."""
+        self._run_dir, self._attempt = run_dir, attempt
+
+    def leave(self, error: BaseException) -> None:
+        """Writes why this rank ends."""
+        # A run that was taken over is another job's: not even a last word belongs there.
+        if self._run_dir is None or isinstance(error, OwnerError):
+            return
+        phase, step = self._watchdog.place
+        write_fault(
+            self._run_dir,
+            RankFault(
+                attempt=self._attempt,
+                rank=self._launch.rank,
+                reason=f"{type(error).__name__}: {error}",
+                kind=type(error).__name__,
+                exit_code=error.exit_code if isinstance(error, JepaError) else ExitCode.BUG,
+                phase=phase,
+                step=step,
+            ),
+        )
+
+    def collect(self, error: BaseException) -> tuple[RankFault, ...]:
+        """All ranks' last words of this attempt, the cause last; waits for it if need be."""
+        if self._run_dir is None or isinstance(error, OwnerError):
+            return ()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            faults = read_faults(self._run_dir, self._attempt)
+            known = not isinstance(error, PeerLostError) or any(not f.is_echo for f in faults)
+            if known or time.monotonic() > deadline:
+                return faults
+            time.sleep(0.1)
