@@ -25,6 +25,8 @@ class SaveOutcome(IntEnum):
     NONE = 0
     PUBLISHED = 1
     FAILED = 2
+    NOT_STORED = 3
+    """Published in the run's folder, but not in its store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

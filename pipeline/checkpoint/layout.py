@@ -139,6 +139,12 @@ def commit_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of a commit's folder by its name; None if it is no commit's name."""
+    match = _COMMIT.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
 def weights_name(rank: int) -> str:
     """File of a rank's fp32 pieces."""
     return f"weights-rank{rank:05d}.safetensors"
@@ -161,9 +167,9 @@ def list_commits(run_dir: Path) -> list[Commit]:
         return []
     found = []
     for path in folder.iterdir():
-        match = _COMMIT.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
-            found.append(Commit(step=int(match.group(1)), path=path))
+        step = step_of(path.name)
+        if step is not None and (path / MANIFEST).is_file():
+            found.append(Commit(step=step, path=path))
     return sorted(found, key=lambda commit: commit.step)
 
 
@@ -183,19 +189,36 @@ def read_manifest(commit_dir: Path) -> Manifest:
     """
     path = commit_dir / MANIFEST
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{commit_dir} has no {MANIFEST}: it is not a checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error}") from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """The manifest in a file's content.
+
+    Args:
+        content: Of the file, from wherever it was read.
+        where: What messages call it.
+
+    Raises:
+        CheckpointError: It is no manifest, or one of another schema.
+    """
+    try:
+        raw: Any = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"Cannot read {where}: {error}") from error
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else None
         raise CheckpointError(
-            f"{path} has schema version {found!r}; this jepa reads {SCHEMA_VERSION}.",
+            f"{where} has schema version {found!r}; this jepa reads {SCHEMA_VERSION}.",
             remedy="Use the jepa version that wrote the checkpoint.",
         )
     try:
         files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
         return Manifest(files=files, **raw)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error

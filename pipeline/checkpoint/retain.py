@@ -1,6 +1,7 @@
 """Which commits stay: pruned, pinned, set aside; rank 0 or a person's command calls these."""
 
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +20,11 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[int]:
         Steps that were removed.
     """
     removed = []
-    for commit in unwanted(layout.list_commits(run_dir), config):
+    commits = layout.list_commits(run_dir)
+    doomed_steps = unwanted_steps([commit.step for commit in commits], config)
+    for commit in commits:
+        if commit.step not in doomed_steps or is_pinned(commit):
+            continue
         # Out of the list of commits first: half a removal must not look like a checkpoint.
         doomed = commit.path.with_name(f"{commit.path.name}.partial-removed")
         commit.path.rename(doomed)
@@ -28,14 +33,10 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[int]:
     return removed
 
 
-def unwanted(commits: list[Commit], config: CheckpointConfig) -> list[Commit]:
-    """Which of these commits, by rising step, `prune` removes."""
+def unwanted_steps(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
+    """Which of these steps, rising, no setting wants to keep; pins are the caller's question."""
     every = config.keep_every_steps
-    return [
-        commit
-        for commit in commits[1 : -config.keep_last]
-        if (every is None or commit.step % every) and not is_pinned(commit)
-    ]
+    return [step for step in steps[1 : -config.keep_last] if every is None or step % every]
 
 
 def pin(commit: Commit) -> None:

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.interval import SaveOutcome, SaveWord
+from pipeline.checkpoint.mirror import upload
 from pipeline.checkpoint.retain import prune
 from pipeline.checkpoint.save import SaveRequest, SaveResult, save
 from pipeline.checkpoint.staging import HostCopies
+from pipeline.checkpoint.store import CommitStore
 from pipeline.engine.build import Counts, Parts, run_state
 from pipeline.engine.save import RankFiles, copy_rank_files
 from pipeline.errors import StorageError
@@ -37,6 +39,25 @@ class _InFlight:
     request: SaveRequest
     begin: float
     """On the monotonic clock."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ended:
+    """What this rank's thread leaves behind."""
+
+    result: SaveResult
+    pruning: str | None
+    """Why older checkpoints could not be removed."""
+    upload_failure: str | None
+    """Why the checkpoint is not in the run's store."""
+    seconds: float
+
+    @property
+    def outcome(self) -> SaveOutcome:
+        """What all ranks are told."""
+        if self.result.failure is not None:
+            return SaveOutcome.FAILED
+        return SaveOutcome.NOT_STORED if self.upload_failure else SaveOutcome.PUBLISHED
 
 
 class Saver:
@@ -150,19 +171,35 @@ class Saver:
             timeout_seconds=60.0 * config.timeout_minutes,
         )
 
-    def _run(self, request: SaveRequest) -> "_Ended":
+    def _run(self, request: SaveRequest) -> _Ended:
         """What goes on behind the training."""
         begin = time.monotonic()
         result = save(request)
-        pruning = None
-        if request.rank == 0 and result.failure is None:
-            pruning = self._prune()
-        seconds = time.monotonic() - begin
+        pruning = upload_failure = None
+        if result.failure is None:
+            pruning = self._prune() if request.rank == 0 else None
+            upload_failure = self._upload(request)
+        ended = _Ended(
+            result=result,
+            pruning=pruning,
+            upload_failure=upload_failure,
+            seconds=time.monotonic() - begin,
+        )
         if request.rank == 0:
-            done = result.failure is None
             # Told to the other ranks in the next step's agreement.
-            self._parts.saves.outcome = SaveOutcome.PUBLISHED if done else SaveOutcome.FAILED
-        return _Ended(result=result, pruning=pruning, seconds=seconds)
+            self._parts.saves.outcome = ended.outcome
+        return ended
+
+    def _upload(self, request: SaveRequest) -> str | None:
+        """Publishes a commit in the run's store as well; tells why it could not."""
+        config = self._parts.config
+        if config.checkpoint.store is None:
+            return None
+        try:
+            store = CommitStore(config.checkpoint.store, config.run_dir.name)
+        except StorageError as error:
+            return str(error)
+        return upload(store, request, config.checkpoint)
 
     def _prune(self) -> str | None:
         """Removes commits that are no longer wanted; tells why it could not."""
@@ -177,18 +214,17 @@ class Saver:
         if in_flight is None:
             raise RuntimeError("no save is in flight")
         in_flight.request.give_up.set()
-        failed = outcome is SaveOutcome.FAILED
-        self._num_failed = self._num_failed + 1 if failed else 0
+        self._num_failed = self._num_failed + 1 if outcome is SaveOutcome.FAILED else 0
         failure = None
         if self._parts.launch.rank == 0:
             self._background.wait()
             failure = self._record(waited)
-        limit = self._parts.config.checkpoint.max_failed_in_a_row
-        if failed and (last or self._num_failed >= limit):
-            self._refuse(in_flight.request.step, _from_rank_0(failure))
+        too_many = self._num_failed >= self._parts.config.checkpoint.max_failed_in_a_row
+        if too_many or (last and outcome is not SaveOutcome.PUBLISHED):
+            self._refuse(in_flight.request.step, outcome, _from_rank_0(failure))
 
     def _record(self, waited: float) -> str | None:
-        """Writes down how a save ended; gives the failure, if it was one."""
+        """Writes down how a save ended; gives what failed, if anything did."""
         ended = self._background.result()
         if ended is None:
             raise RuntimeError("the save has not ended")
@@ -204,8 +240,10 @@ class Saver:
         event("save", mib=mib, behind_seconds=round(ended.seconds, 3), **fields)
         if ended.pruning is not None:
             event("prune_failed", reason=ended.pruning)
+        if ended.upload_failure is not None:
+            event("upload_failed", step=result.step, reason=ended.upload_failure)
         self._tell_interval(result.step)
-        return None
+        return ended.upload_failure
 
     def _tell_interval(self, step: int) -> None:
         interval = self._parts.saves.interval
@@ -216,23 +254,18 @@ class Saver:
                 "save_interval", step=step, seconds_between=seconds, reason=interval.reason
             )
 
-    def _refuse(self, step: int, failure: str) -> None:
+    def _refuse(self, step: int, outcome: SaveOutcome, failure: str) -> None:
         run_dir = self._parts.run_dir
+        if outcome is SaveOutcome.NOT_STORED:
+            raise StorageError(
+                f"Step {step} is saved in {run_dir}, but not in its store: {failure}",
+                remedy="Mend the store or leave checkpoint.store out, then resume.",
+            )
         free_gib = shutil.disk_usage(run_dir).free / 2**30
         raise StorageError(
             f"Step {step} could not be saved to {run_dir}: {failure} "
             f"({free_gib:.1f} GiB free there). The last whole checkpoint stands."
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Ended:
-    """What this rank's thread leaves behind."""
-
-    result: SaveResult
-    pruning: str | None
-    """Why older checkpoints could not be removed."""
-    seconds: float
 
 
 def _from_rank_0(value: Any) -> Any:
