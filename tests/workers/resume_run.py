@@ -1,0 +1,87 @@
+"""Worker: takes up a run at this number of ranks, in every way that its first rank is told.
+
+Reports, for each thing done, what the test compares: losses as hexadecimal numbers, fingerprints.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint.fingerprint import combine_ranks, fingerprint_pieces
+from pipeline.checkpoint.load import find_commit
+from pipeline.engine.resume import take_up
+from pipeline.engine.zero import ZeroEngine
+from pipeline.environment import Launch, join_process_group, read_launch
+from pipeline.run import RunConfig
+from tests.plain import tiny_config
+from tests.workers.training import commit, fresh_engine, take_steps
+
+
+def long_config(zero_stage: int, precision: str, num_steps: int) -> RunConfig:
+    """One stage whose rate, decay and momentum change from step to step."""
+    short = json.loads(tiny_config().model_dump_json())["stages"][0]
+    return tiny_config(
+        zero_stage, precision=precision, stages=[{**short, "steps": num_steps, "micro_batch": 4}]
+    )
+
+
+def go_on(out: Path, launch: Launch, stage: int, precision: str, at: int, last: int) -> dict:
+    """Trains to `at`, saves, trains to `last`; then again from the commit in a new engine."""
+    config = long_config(stage, precision, last)
+    run_dir = out / f"stage-{stage}-{precision}"
+    engine = fresh_engine(config)
+    take_steps(engine, config, launch, 1, at)
+    found = commit(engine, run_dir, launch, at)
+    without = take_steps(engine, config, launch, at + 1, last)
+    again = fresh_engine(config)
+    said = take_up(again, found, seed=config.seed)
+    after = take_steps(again, config, launch, at + 1, last)
+    return {
+        "without": [loss.hex() for loss in without],
+        "after": [loss.hex() for loss in after],
+        "ends": [held(engine), held(again)],
+        "said": said,
+    }
+
+
+def pass_on(out: Path, launch: Launch, source: str, stage: int, steps: int) -> dict:
+    """Takes up the newest commit of another run, trains on, and saves it as a run of its own."""
+    config = long_config(stage, "fp32", 60)
+    found = find_commit(Path(source))
+    engine = fresh_engine(config)
+    before = held(engine)
+    said = take_up(engine, found, seed=config.seed)
+    first = found.commit.step + 1
+    found = commit(engine, out / "passed-on", launch, found.commit.step)
+    losses = take_steps(engine, config, launch, first, first + steps - 1) if steps else []
+    return {
+        "said": said,
+        "before": before,
+        "fingerprints": found.manifest.fingerprints,
+        "losses": losses,
+        "draw": torch.rand(1).item(),
+    }
+
+
+def held(engine: ZeroEngine) -> dict[str, str]:
+    """Fingerprints of everything that all ranks hold."""
+    own = fingerprint_pieces(engine.pieces())
+    gathered: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return combine_ranks(gathered)
+
+
+def main(out: Path, tasks: list[dict]) -> None:
+    launch = read_launch()
+    join_process_group(launch, torch.device("cpu"), timeout_seconds=60)
+    doings = {"go_on": go_on, "pass_on": pass_on}
+    report = [doings[task.pop("do")](out, launch, **task) for task in tasks]
+    (out / f"rank-{launch.rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
