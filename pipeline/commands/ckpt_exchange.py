@@ -98,7 +98,7 @@ def import_(
     if json:
         print_json({"path": str(out), **exchange.model_dump(mode="json")})
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     _describe(console, exchange.networks)
     for note in found.notes:
         console.print(f"  {note}", markup=False)
@@ -140,7 +140,7 @@ def export(
     if json:
         print_json(_document(exported))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     _describe(console, exported.networks)
     for note in (*exported.notes, _difference_words(exported, request)):
         console.print(f"  {note}", markup=False)

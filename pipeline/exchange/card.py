@@ -68,7 +68,7 @@ def _model(facts: CardFacts) -> str:
     rows = [
         ("encoder", _size(dims.width, dims.depth, dims.heads, dims.mlp_hidden)),
         ("token", f"{networks.encoder.tubelet_size} frames × {networks.encoder.patch_size}² px"),
-        ("positions", f"3-D rotary, {networks.rope}"),
+        ("positions", f"3-D rotary, {networks.attention.rope}"),
         ("clips", f"{networks.frames or 'any'} frames, {networks.resolution or 'any'} px"),
         ("weights", _weights(networks.encoder_is)),
     ]

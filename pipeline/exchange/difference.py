@@ -83,8 +83,9 @@ def _ours(source: Source, video_BCTHW: Tensor, mask: MaskSet) -> tuple[Tensor, T
 @torch.no_grad()
 def _theirs(folder: Path, video_BCTHW: Tensor, mask: MaskSet) -> tuple[Tensor, Tensor]:
     transforms()  # transformers imports torchvision, which needs help beside a CPU-only torch
-    auto: Any = importlib.import_module("transformers").AutoModel
-    model, told = auto.from_pretrained(
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    model, told = transformers.AutoModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     wrong = {key: sorted(map(str, value)) for key, value in told.items() if value}

@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.config.section import Section
 from pipeline.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import CheckpointError
-from pipeline.exchange.layout import Networks
+from pipeline.exchange.layout import NOT_IN_WEIGHTS, Networks
 from pipeline.exchange.names import hf_recipe
 from pipeline.exchange.tensors import write_safetensors
-from pipeline.models.encoder import EncoderConfig
 from pipeline.models.layers import NORM_EPS, ModelDims
-from pipeline.models.predictor import PredictorConfig
 
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "video_preprocessor_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,6 +29,11 @@ FIXED = {
     "layer_norm_eps": NORM_EPS,
     "qkv_bias": True,
 }
+
+_ENCODER_SIZES = frozenset(
+    {"size", "width", "depth", "heads", "mlp_hidden", "patch_size", "tubelet_size"}
+)
+_PREDICTOR_SIZES = frozenset({"width", "depth", "heads", "mlp_hidden", "num_mask_tokens"})
 
 
 def hf_config(networks: Networks, *, frames: int, resolution: int) -> dict[str, Any]:
@@ -75,24 +79,20 @@ def hf_config(networks: Networks, *, frames: int, resolution: int) -> dict[str, 
 
 
 def inexpressible(networks: Networks) -> list[str]:
-    """What of our networks transformers 5.23 has no words for."""
-    reasons = []
-    if networks.rope != "tiled":
-        reasons.append(f"rotary positions are {networks.rope}, it knows `tiled` alone")
-    plain = EncoderConfig()
-    known = {"size", "width", "depth", "heads", "mlp_hidden", "patch_size", "tubelet_size"}
-    for name in sorted(set(EncoderConfig.model_fields) - known):
-        value = getattr(networks.encoder, name)
-        if value != getattr(plain, name):
-            reasons.append(f"encoder.{name} is {value}")
-    if networks.predictor is not None:
-        usual = PredictorConfig()
-        sizes = {"width", "depth", "heads", "mlp_hidden", "num_mask_tokens"}
-        for name in sorted(set(PredictorConfig.model_fields) - sizes):
-            value = getattr(networks.predictor, name)
-            if value != getattr(usual, name):
-                reasons.append(f"predictor.{name} is {value}")
-    return reasons
+    """What of our networks transformers 5.23 has no words for.
+
+    Sizes it has. Whatever else a section may be set to, now or in later versions of jepa, it can
+    only have as jepa has it by default.
+    """
+    return [
+        *_unusual("encoder", networks.encoder, _ENCODER_SIZES),
+        *_unusual("attention", networks.attention, frozenset()),
+        *(
+            _unusual("predictor", networks.predictor, _PREDICTOR_SIZES)
+            if networks.predictor is not None
+            else []
+        ),
+    ]
 
 
 def write_hf(
@@ -123,6 +123,17 @@ def processor_config(resolution: int) -> dict[str, Any]:
         "image_mean": list(IMAGENET_MEAN),
         "image_std": list(IMAGENET_STD),
     }
+
+
+def _unusual(name: str, section: Section, expressible: frozenset[str]) -> list[str]:
+    reasons = []
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if key not in expressible | NOT_IN_WEIGHTS and value != field.get_default(
+            call_default_factory=True
+        ):
+            reasons.append(f"{name}.{key} is {value}")
+    return reasons
 
 
 def _hf_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

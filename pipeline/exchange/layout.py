@@ -18,13 +18,15 @@ from pipeline.config.section import Section
 from pipeline.errors import CheckpointError
 from pipeline.exchange.tensors import read_json
 from pipeline.files import sha256_of
+from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import EncoderConfig
 from pipeline.models.predictor import PredictorConfig
-from pipeline.models.rope import RopeMode
 
 EXCHANGE_FILE = "exchange.json"
 WEIGHTS_STEM = "weights"
 SCHEMA_VERSION = 1
+# Settings of networks that say how they are computed or trained, not what their weights mean.
+NOT_IN_WEIGHTS = frozenset({"backend", "rope_precision", "mask_token_per_mask"})
 Role = Literal["student", "teacher", "unknown"]
 
 
@@ -46,8 +48,8 @@ class Networks(Section):
     """Size of the encoder."""
     predictor: PredictorConfig | None = None
     """Size of the predictor; none if only an encoder is known."""
-    rope: RopeMode = "tiled"
-    """Layout of the rotary positions."""
+    attention: AttentionConfig = AttentionConfig()
+    """How tokens know their place; the kernel named in it does not matter."""
     encoder_is: Role = "unknown"
     """Whose weights stand under `encoder`: the student's, or the averaged teacher's."""
     frames: int | None = None
@@ -69,6 +71,11 @@ class Exchange(Section):
     """The files of weights."""
     digest: str
     """SHA-256 over networks and files: two folders with one digest are one model."""
+
+
+def portable(attention: AttentionConfig) -> AttentionConfig:
+    """The same positions with the kernel that every machine has; results are the same."""
+    return attention.model_copy(update={"backend": "sdpa"})
 
 
 def is_exchange(path: Path) -> bool:
@@ -97,8 +104,12 @@ def write_exchange(
     return exchange
 
 
-def read_exchange(folder: Path) -> Exchange:
-    """Reads and verifies an exchange folder, every byte of its weights included.
+def read_exchange(folder: Path, *, verify: bool = True) -> Exchange:
+    """Reads an exchange folder.
+
+    Args:
+        folder: The folder.
+        verify: Compare every byte of its weights with its digest.
 
     Raises:
         CheckpointError: It is damaged, was changed, or another version of jepa wrote it.
@@ -119,7 +130,8 @@ def read_exchange(folder: Path) -> Exchange:
             f"{path} cannot be read: {'; '.join(lines)}",
             remedy="Import the source again with this jepa.",
         ) from None
-    problems = [problem for file in exchange.files if (problem := _problem(folder, file))]
+    files = exchange.files if verify else ()
+    problems = [problem for file in files if (problem := _problem(folder, file))]
     if exchange.digest != _digest(exchange.networks, exchange.files):
         problems.append(f"{EXCHANGE_FILE} was changed: its digest differs")
     if problems:

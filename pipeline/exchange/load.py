@@ -6,11 +6,9 @@ from typing import Literal, TypeVar
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.exchange.layout import Networks
 from pipeline.exchange.open import open_networks
 from pipeline.exchange.source import Source
 from pipeline.exchange.tensors import Tensors
-from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import Encoder
 from pipeline.models.predictor import Predictor
 
@@ -55,7 +53,7 @@ def build_encoder(source: Source, which: Literal["teacher", "student"]) -> Encod
             remedy=f"Ask for the {role}.",
         )
     with torch.device("meta"):  # only the shapes: weights are read
-        encoder = Encoder(source.networks.encoder, attention=_attention(source.networks))
+        encoder = Encoder(source.networks.encoder, attention=source.networks.attention)
     return _filled(encoder, source.encoder(which))
 
 
@@ -70,13 +68,8 @@ def build_predictor(source: Source) -> Predictor:
         raise CheckpointError(f"{source.provenance['source']} holds no predictor.")
     width = source.networks.encoder.dims.width
     with torch.device("meta"):
-        predictor = Predictor(config, encoder_width=width, attention=_attention(source.networks))
+        predictor = Predictor(config, encoder_width=width, attention=source.networks.attention)
     return _filled(predictor, source.tensors.below("predictor."))
-
-
-def _attention(networks: Networks) -> AttentionConfig:
-    # The kernel of the training need not be there; the result is the same.
-    return AttentionConfig(backend="sdpa", rope=networks.rope)
 
 
 def _filled(module: _Network, tensors: Tensors) -> _Network:

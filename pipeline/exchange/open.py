@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.load import find_commit, verify
+from pipeline.checkpoint.load import find_commit
+from pipeline.checkpoint.load import verify as find_problems
 from pipeline.checkpoint.reshard import CommitTensors
 from pipeline.config.load import load_config
 from pipeline.errors import CheckpointError, ConfigError, UsageError
 from pipeline.exchange.hf_import import is_hf, read_hf
-from pipeline.exchange.layout import Networks, is_exchange, read_exchange
+from pipeline.exchange.layout import Networks, is_exchange, portable, read_exchange
 from pipeline.exchange.names import refuse_misfits
 from pipeline.exchange.sizes import expected_shapes
 from pipeline.exchange.source import ImportOptions, Source
 from pipeline.exchange.tensors import Tensors, open_safetensors
-from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import Encoder
 from pipeline.models.predictor import Predictor
 from pipeline.objectives import build_objective
@@ -33,23 +33,24 @@ WHAT_IS_TAKEN = (
 )
 
 
-def open_networks(path: Path, step: int | None = None) -> Source:
+def open_networks(path: Path, step: int | None = None, *, verify: bool = True) -> Source:
     """Networks of a folder of any kind, everything in it verified.
 
     Args:
         path: A run, a checkpoint, an exchange folder, or a folder of transformers.
         step: Which checkpoint of a run; the newest that is whole otherwise.
+        verify: Compare every byte with its digest; False where another process just has.
 
     Raises:
         UsageError: The path is nothing of the kind.
         CheckpointError: It is damaged, or its weights do not fit what it says of itself.
     """
     if (path / layout.MANIFEST).is_file() or (path / CONFIG_FILE).is_file():
-        return _of_commit(_commit(path, step))
+        return _of_commit(_commit(path, step, verify=verify))
     if step is not None:
         raise UsageError(f"{path} is no run: --step chooses among the checkpoints of one")
     if is_exchange(path):
-        return _of_exchange(path)
+        return _of_exchange(path, verify=verify)
     if is_hf(path):
         return read_hf(path, ImportOptions())
     if path.is_file():
@@ -60,12 +61,12 @@ def open_networks(path: Path, step: int | None = None) -> Source:
     raise UsageError(f"expected networks at {path}, found none", remedy=WHAT_IS_TAKEN)
 
 
-def _commit(path: Path, step: int | None) -> Path:
+def _commit(path: Path, step: int | None, *, verify: bool) -> Path:
     if not (path / layout.MANIFEST).is_file():
         return find_commit(path, step).commit.path
     if step is not None:
         raise UsageError(f"{path} is one checkpoint: --step chooses among those of a run")
-    problems = verify(path)
+    problems = find_problems(path) if verify else []
     if problems:
         raise CheckpointError(f"{path} is not whole: {'; '.join(problems)}")
     return path
@@ -98,8 +99,7 @@ def networks_of_run(config: RunConfig) -> Networks:
     Raises:
         ConfigError: Its objective has no video encoder.
     """
-    # The run's own kernel may not be there; weights do not depend on it.
-    attention = AttentionConfig(backend="sdpa", rope=config.attention.rope)
+    attention = portable(config.attention)
     with torch.device("meta"):
         options = BuildOptions(attention=attention, checkpoint_activations=False)
         modules = dict(build_objective(config.objective, options).modules().items())
@@ -109,7 +109,7 @@ def networks_of_run(config: RunConfig) -> Networks:
     return Networks(
         encoder=encoder.config,
         predictor=predictor.config if isinstance(predictor, Predictor) else None,
-        rope=config.attention.rope,
+        attention=attention,
         encoder_is="student",
     )
 
@@ -121,8 +121,8 @@ def commit_tensors(commit_dir: Path) -> Tensors:
     return Tensors(shapes=shapes, read=commit.whole)
 
 
-def _of_exchange(folder: Path) -> Source:
-    exchange = read_exchange(folder)
+def _of_exchange(folder: Path, *, verify: bool) -> Source:
+    exchange = read_exchange(folder, verify=verify)
     tensors = open_safetensors(folder / file.path for file in exchange.files)
     teacher = any(name.startswith("teacher.") for name in tensors.shapes)
     _check(tensors, exchange.networks, str(folder), teacher=teacher)

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from pipeline.errors import CheckpointError
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.tensors import Shape, Tensors
-from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import Encoder, EncoderConfig, Size
 from pipeline.models.predictor import Predictor, PredictorConfig
 
@@ -67,7 +66,7 @@ def canonical(config: EncoderConfig) -> EncoderConfig:
 
 def expected_shapes(networks: Networks, *, teacher: bool = False) -> dict[str, Shape]:
     """Names and shapes of all weights of `networks`, `teacher.*` too if asked for."""
-    attention = AttentionConfig(backend="sdpa", rope=networks.rope)
+    attention = networks.attention
     with torch.device("meta"):
         encoder = Encoder(networks.encoder, attention=attention).state_dict()
         parts = {"encoder": encoder, **({"teacher": encoder} if teacher else {})}

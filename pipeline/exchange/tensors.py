@@ -81,7 +81,7 @@ def open_safetensors(paths: Iterable[Path]) -> Tensors:
 
 
 def write_safetensors(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
 ) -> dict[str, str]:
     """Writes tensors as they come, as many files as it takes; no more than one is in memory.
 
@@ -89,7 +89,6 @@ def write_safetensors(
         folder: An existing folder.
         stem: `model` gives model.safetensors, or model-00001-of-00002.safetensors and so on.
         tensors: Names and tensors.
-        shard_bytes: A new file is begun where this would be passed.
 
     Returns:
         The file of each tensor, by the tensor's name.
@@ -101,7 +100,7 @@ def write_safetensors(
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:
         size = sum(one.nbytes for one in held.values()) + tensor.nbytes
-        if held and size > shard_bytes:
+        if held and size > SHARD_BYTES:
             shards.append(_write_shard(folder, f"{stem}-part{len(shards)}", held))
             held = {}
         # A clone: a view would keep the whole tensor that it is cut from.
@@ -144,6 +143,7 @@ def _write_shard(folder: Path, stem: str, tensors: dict[str, Tensor]) -> list[st
     try:
         # transformers refuses files that do not say which library's layout they have.
         save_file(tensors, path, {"format": "pt"})
+        path.chmod(0o644)  # the library makes it the owner's alone
     except (SafetensorError, OSError) as error:
         raise StorageError(f"Cannot write {path}: {error}") from error
     return list(tensors)
