@@ -19,6 +19,7 @@ from importlib import metadata
 from cyclopts import App, CycloptsError, UnknownCommandError
 
 from pipeline.errors import ExitCode, JepaError, UsageError
+from pipeline.redact import redacted
 
 INTERRUPTED = 130
 NOBODY_READS = 141
@@ -173,7 +174,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         missing = _missing_extra(error)
         if missing is not None:
             return _say(missing, as_json)
-        traceback.print_exc()
+        # Libraries put addresses and headers into their errors.
+        sys.stderr.write(redacted(traceback.format_exc()))
         code = _say(JepaError(f"unexpected {type(error).__name__}: {error}"), as_json)
         raise SystemExit(code) from error
     return code
@@ -275,12 +277,13 @@ def _nobody_reads() -> bool:
 
 
 def _say(error: JepaError, as_json: bool) -> int:
-    sys.stderr.write(f"error: {error}\nwhat to do: {error.remedy}\n")
+    message = redacted(str(error))
+    sys.stderr.write(f"error: {message}\nwhat to do: {error.remedy}\n")
     if as_json:
         document = {
             "type": type(error).__name__,
             "exit_code": int(error.exit_code),
-            "message": str(error),
+            "message": message,
             "remedy": error.remedy,
         }
         sys.stdout.write(json.dumps({"error": document}) + "\n")

@@ -29,8 +29,12 @@ IMPORTERS = {
     "flash_attn": ("pipeline/models/attention.py",),
 }
 # Who may touch environment variables: the one reader, and those that set them for the processes
-# they start (Ray and the fork server can be told in no other way, and are put back afterwards).
-ENVIRONMENT_USERS = ("pipeline/environment.py", "pipeline/cluster.py", "pipeline/data/worker.py")
+# they start (Ray and the fork server can be told in no other way, and are put back afterwards);
+# and the one that knows what must not be written down.
+ENVIRONMENT_USERS = (
+    *("pipeline/environment.py", "pipeline/cluster.py", "pipeline/data/worker.py"),
+    "pipeline/redact.py",
+)
 # Keys whose whole effect is that a validator lets something pass.
 PERMISSIONS = {"track.mlflow.allow_plain_http"}
 BLIND = {"Exception", "BaseException"}

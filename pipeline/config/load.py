@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
+from pipeline.config.credentials import credentials_in
 from pipeline.config.emit import yaml_lines
 from pipeline.config.mistakes import mistakes_of, shown
 from pipeline.config.overrides import apply_overrides
@@ -69,6 +70,7 @@ def load_config(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> L
     config, invalid = _validated(root, schema)
     # Without a readable file every key would be reported as missing.
     mistakes += wrong_overrides + (invalid if is_readable else [])
+    mistakes += credentials_in(root)
     if config is None or mistakes:
         raise ConfigError(_message(path, mistakes))
     origins = {key: origin for key, origin in origins_of(root).items() if origin != Origin()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.files import write_atomically
+from pipeline.redact import without_secrets
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -94,7 +95,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StorageError: If the folder cannot be written to.
     """
     try:
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(without_secrets(content), indent=1, ensure_ascii=False, default=str)
         write_atomically(path, text)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
+from pipeline.redact import without_secrets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +45,14 @@ class JsonLinesWriter:
             raise StorageError(f"Cannot open {path} for writing: {error}") from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; numbers that are not finite become null, which JSON can say.
+        """Appends one record; secrets are blanked, and numbers that are not finite become null.
 
         Raises:
             StorageError: If the line cannot be written, for instance on a full disk.
         """
-        text = json.dumps(_without_non_finite(record), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(
+            _without_non_finite(without_secrets(record)), allow_nan=False, ensure_ascii=False
+        )
         line = text.encode() + b"\n"
         try:
             written = self._file.write(line)
