@@ -50,6 +50,9 @@ class RunConfig(Section):
     """What is trained one after the other: clip length, rate, size and learning rate of each."""
     masks: tuple[BlockMask, ...] = Field(default=REFERENCE_MASKS, strict=False)
     """Masks of every clip, for stages that name none of their own."""
+    init_from: Path | None = None
+    """Start from these weights with a fresh optimiser: a run, a checkpoint, what `jepa ckpt import`
+    made, or a folder of transformers. Sizes must agree. A resumed run does not read it again."""
     objective: AnyObjectiveConfig
     """What is learnt, and with which networks."""
     data: DataConfig
