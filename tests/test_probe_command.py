@@ -154,7 +154,7 @@ def _probe(folder, *words):
 
 def _request(folder, name):
     return ProbeRequest(
-        commit_dir=folder / "run" / "checkpoints" / "step-00000020",
+        source=folder / "run" / "checkpoints" / "step-00000020",
         step=20,
         which="teacher",
         task=ssv2_task(folder / "set"),

@@ -298,7 +298,7 @@ def _records(task, out):
 
 def _request(task, out):
     return ProbeRequest(
-        commit_dir=out,
+        source=out,
         step=0,
         which="teacher",
         task=task,

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.checkpoint.layout import Commit, list_commits, read_manifest
+from pipeline.checkpoint.layout import list_commits, read_manifest
 from pipeline.checkpoint.load import commit_of_step
 from pipeline.cluster import local_ray
 from pipeline.commands import JsonFlag, Overrides, print_json
@@ -22,6 +22,8 @@ from pipeline.commands.probe_table import differences, render
 from pipeline.conduct.tasks import TaskNeeds, run_as_task
 from pipeline.config.load import SHIPPED_CONFIGS, load_config
 from pipeline.errors import CheckpointError, UsageError
+from pipeline.exchange.hf_import import is_hf
+from pipeline.exchange.layout import is_exchange, read_exchange
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.frozen import Which
 from pipeline.probe.records import ProbeProgress, ProbeRecord, ProbeRequest
@@ -68,7 +70,8 @@ def probe(
     which may be deleted at any time.
 
     Args:
-        checkpoint: Folder of a run (its newest checkpoint is taken), or of one checkpoint.
+        checkpoint: Folder of a run (its newest checkpoint is taken), of one checkpoint, an
+            exchange folder (`jepa ckpt import`), or a folder of transformers' VJEPA2Model.
         overrides: key=value laid over the task file, as clip.views=1.
         task: Task file, or the name of a shipped one, such as ssv2.
         options: Which checkpoints and which heads.
@@ -78,18 +81,18 @@ def probe(
     if asked.seeds < 1:
         raise UsageError(f"expected --seeds of at least 1, got {asked.seeds}")
     config = load_config(_task_path(task), TaskConfig, overrides).config
-    run_dir, commits = _commits(checkpoint, asked.step, asked.steps)
+    home, subjects = _subjects(checkpoint, asked.step, asked.steps)
     requests = [
         ProbeRequest(
-            commit_dir=commit.path,
-            step=commit.step,
+            source=subject.path,
+            step=subject.step,
             which=asked.which,
             task=config,
             heads=_ALL_HEADS if asked.head == "all" else (asked.head,),
             seeds=tuple(range(asked.seeds)),
-            out=asked.out or run_dir / PROBE_FOLDER,
+            out=asked.out or home / PROBE_FOLDER,
         )
-        for commit in commits
+        for subject in subjects
     ]
     records = _run_all(requests, on_ray=asked.ray)
     if json:
@@ -130,7 +133,7 @@ def _needs(request: ProbeRequest) -> TaskNeeds:
     return TaskNeeds(
         num_cpus=len(os.sched_getaffinity(0)),
         num_gpus=1 if torch.cuda.is_available() else 0,
-        describe=f"probe {request.task.name} step {request.step}",
+        describe=f"probe {request.task.name} {request.label}",
     )
 
 
@@ -163,30 +166,51 @@ def _task_path(task: str) -> Path:
     )
 
 
-def _commits(path: Path, step: int | None, steps: str | None) -> tuple[Path, list[Commit]]:
-    """The run's folder and the checkpoints to probe."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """One set of weights, and the step they are of where that is known."""
+
+    path: Path
+    step: int | None
+
+
+def _subjects(path: Path, step: int | None, steps: str | None) -> tuple[Path, list[_Subject]]:
+    """The folder that results belong to, and the weights to probe."""
     if step is not None and steps is not None:
         raise UsageError("expected --step or --steps, got both")
     if path.name == "checkpoints" and path.is_dir():
         path = path.parent
     if (path / "manifest.json").is_file():
-        if step is not None or steps is not None:
-            raise UsageError(
-                f"{path} is one checkpoint: --step and --steps choose among those of a run",
-                remedy=f"Give the run's folder: {path.parent.parent}.",
-            )
-        commit = Commit(step=read_manifest(path).step, path=path)
-        return path.parent.parent, [commit]
+        _must_choose_nothing(step, steps, f"{path} is one checkpoint", f"{path.parent.parent}")
+        return path.parent.parent, [_Subject(step=read_manifest(path).step, path=path)]
     if not (path / CONFIG_FILE).is_file():
-        raise _no_run(path)
+        if not (is_exchange(path) or is_hf(path)):
+            raise _no_run(path)
+        _must_choose_nothing(step, steps, f"{path} holds one set of weights", "runs/NAME")
+        return path, [_Subject(step=_step_of(path), path=path)]
     commits = list_commits(path)
     if not commits:
         raise CheckpointError(
             f"the run {path} has no checkpoint yet",
             remedy="Wait for the first save, or look at `jepa status` to see why there is none.",
         )
-    wanted = _steps(step, steps, commits[-1].step)
-    return path, [commit_of_step(path, number) for number in wanted]
+    wanted = [commit_of_step(path, n) for n in _steps(step, steps, commits[-1].step)]
+    return path, [_Subject(step=commit.step, path=commit.path) for commit in wanted]
+
+
+def _must_choose_nothing(step: int | None, steps: str | None, what: str, run: str) -> None:
+    if step is not None or steps is not None:
+        raise UsageError(
+            f"{what}: --step and --steps choose among those of a run",
+            remedy=f"Give the run's folder: {run}.",
+        )
+
+
+def _step_of(path: Path) -> int | None:
+    if not is_exchange(path):
+        return None
+    step = read_exchange(path, verify=False).provenance.get("step")
+    return step if isinstance(step, int) else None
 
 
 def _steps(step: int | None, steps: str | None, newest: int) -> list[int]:

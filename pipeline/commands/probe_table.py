@@ -29,7 +29,7 @@ def differences(records: Sequence[ProbeRecord]) -> list[Difference]:
     """The gain of each head between its first and its last step."""
     found: list[Difference] = []
     for head, of_head in _by_head(records).items():
-        steps = sorted({record.step for record in of_head})
+        steps = sorted({record.step for record in of_head if record.step is not None})
         if len(steps) < 2:
             continue
         first, last = (_mean(of_head, step) for step in (steps[0], steps[-1]))
@@ -50,12 +50,12 @@ def differences(records: Sequence[ProbeRecord]) -> list[Difference]:
 
 def render(records: Sequence[ProbeRecord], out: Path) -> list[Table | str]:
     """The table, and below it what the scores rest on."""
-    steps = sorted({record.step for record in records})
+    steps = sorted({record.step for record in records}, key=lambda step: step or 0)
     any_record = records[0]
     table = Table(title=f"{any_record.task}: top-1 on {any_record.num_val} validation clips")
     table.add_column("head")
     for step in steps:
-        table.add_column(f"step {step}" + (" (untrained)" if step == 0 else ""), justify="right")
+        table.add_column(_column(step, any_record), justify="right")
     gains = {gain.head: gain for gain in differences(records)}
     if gains:
         table.add_column("difference", justify="right")
@@ -65,6 +65,12 @@ def render(records: Sequence[ProbeRecord], out: Path) -> list[Table | str]:
         gain = [_gain(gains[head])] if head in gains else []
         table.add_row(head, *cells, *gain, f"{any_record.chance:.1%}")
     return [table, *_footer(records, out)]
+
+
+def _column(step: int | None, record: ProbeRecord) -> str:
+    if step is None:
+        return Path(record.checkpoint).name
+    return f"step {step}" + (" (untrained)" if step == 0 else "")
 
 
 def _footer(records: Sequence[ProbeRecord], out: Path) -> list[str]:

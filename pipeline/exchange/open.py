@@ -76,7 +76,8 @@ def _of_commit(commit_dir: Path) -> Source:
     run_dir = commit_dir.parent.parent
     config = load_config(run_dir / CONFIG_FILE, RunConfig).config
     manifest = layout.read_manifest(commit_dir)
-    stage = place_of_step(config.stages, max(1, manifest.step)).stage
+    # The untrained weights, too, were made for the first stage.
+    stage = place_of_step(config.stages, min(max(1, manifest.step), config.num_steps)).stage
     networks = networks_of_run(config).model_copy(
         update={"frames": stage.frames, "resolution": stage.resolution}
     )

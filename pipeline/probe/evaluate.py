@@ -44,7 +44,7 @@ def run_probe(request: ProbeRequest, *, report: Report) -> list[ProbeRecord]:
         StorageError: Features or results cannot be written.
     """
     videos = read_task(request.task)
-    encoder = load_frozen(request.commit_dir, request.which, request.task)
+    encoder = load_frozen(request.source, request.which, request.task)
     records = evaluate(encoder, videos, request, report=report)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class _Part:
             asked = replace(asked, keep_tokens=False)
         features = None
         if asked.keep_tokens or {"linear", "knn"} & set(request.heads):
-            phase = f"step {request.step}: encode {split.name} videos"
+            phase = f"{request.label}: encode {split.name} videos"
             features = extract(
                 asked,
                 request.out / CACHE_FOLDER,
@@ -191,7 +191,7 @@ class _Bench:
         num_val = score.validation.num_clips
         _check_any(self.validation.split, num_val)
         return ProbeRecord(
-            checkpoint=str(request.commit_dir),
+            checkpoint=str(request.source),
             which=request.which,
             step=request.step,
             task=request.task.name,
@@ -228,7 +228,7 @@ class _Bench:
         )
 
     def _reporter(self, head: HeadName, seed: int) -> "partial[None]":
-        phase = f"step {self.request.step}: fit {head}, seed {seed}"
+        phase = f"{self.request.label}: fit {head}, seed {seed}"
         return partial(_forward, self.report, phase)
 
 

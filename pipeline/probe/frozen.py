@@ -6,19 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.checkpoint.load import load_encoder_state
 from pipeline.clip import Grid
-from pipeline.config.load import load_config
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.attention import AttentionConfig
+from pipeline.errors import ConfigError
+from pipeline.exchange import load_encoder
 from pipeline.models.encoder import Encoder
-from pipeline.objectives import build_objective
-from pipeline.objectives.base import BuildOptions
 from pipeline.probe.tasks import TaskConfig
-from pipeline.run import RunConfig
-from pipeline.track.folder import CONFIG_FILE
 
 Which = Literal["teacher", "student"]
 
@@ -37,29 +31,19 @@ class FrozenEncoder:
     autocast: torch.dtype | None = None
 
 
-def load_frozen(commit_dir: Path, which: Which, task: TaskConfig) -> FrozenEncoder:
-    """The encoder of a run's checkpoint, in evaluation mode, on the accelerator if there is one.
+def load_frozen(source: Path, which: Which, task: TaskConfig) -> FrozenEncoder:
+    """An encoder in evaluation mode, on the accelerator if there is one.
 
     Args:
-        commit_dir: `RUN/checkpoints/step-…`; the run's configuration lies beside it.
+        source: `RUN/checkpoints/step-…`, an exchange folder, or a folder of transformers.
         which: The averaged teacher or the student.
         task: Decides the size of clips and the precision.
 
     Raises:
-        CheckpointError: The commit is damaged, or its weights do not fit the run's configuration.
+        CheckpointError: It is damaged, or its weights do not fit what it says they are.
         ConfigError: The encoder cannot take the task's clips.
     """
-    config = load_config(commit_dir.parent.parent / CONFIG_FILE, RunConfig).config
-    options = BuildOptions(
-        # The run's kernel may not be there on the machine that evaluates; the result is the same.
-        attention=AttentionConfig(backend="sdpa", rope=config.attention.rope),
-        checkpoint_activations=False,
-    )
-    with torch.device("meta"):  # only the shapes: weights come from the checkpoint
-        module = build_objective(config.objective, options).encoder()
-    state = load_encoder_state(commit_dir, which)
-    _load_strictly(module, state, commit_dir)
-    return freeze(module, task)
+    return freeze(load_encoder(source, which=which), task)
 
 
 def freeze(module: nn.Module, task: TaskConfig) -> FrozenEncoder:
@@ -83,16 +67,6 @@ def freeze(module: nn.Module, task: TaskConfig) -> FrozenEncoder:
         device=device,
         autocast=torch.bfloat16 if half else None,
     )
-
-
-def _load_strictly(module: nn.Module, state: dict[str, Tensor], commit_dir: Path) -> None:
-    try:
-        module.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the weights of {commit_dir} do not fit the run's {CONFIG_FILE}: {error}",
-            remedy=f"Restore the {CONFIG_FILE} that the run was trained with.",
-        ) from error
 
 
 def _digest(module: Encoder) -> str:

@@ -14,15 +14,21 @@ from pipeline.probe.tasks import HeadName, TaskConfig
 class ProbeRequest:
     """What is to be probed."""
 
-    commit_dir: Path
-    """`RUN/checkpoints/step-…`."""
-    step: int
+    source: Path
+    """`RUN/checkpoints/step-…`, an exchange folder, or a folder of transformers."""
+    step: int | None
+    """Training step of the weights; None where their origin does not tell."""
     which: Which
     task: TaskConfig
     heads: tuple[HeadName, ...]
     seeds: tuple[int, ...]
     out: Path
     """Folder of the results and of the features' cache; the run's `probes`."""
+
+    @property
+    def label(self) -> str:
+        """What is probed, in progress bars."""
+        return self.source.name if self.step is None else f"step {self.step}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,8 @@ class ProbeRecord:
 
     checkpoint: str
     which: str
-    step: int
+    step: int | None
+    """None for weights whose origin does not tell a step."""
     task: str
     head: str
     seed: int
@@ -75,7 +82,8 @@ class ProbeRecord:
     @property
     def file_name(self) -> str:
         """Name of the record's file; the same probe again replaces it."""
-        return f"{self.task}-step{self.step:08d}-{self.which}-{self.head}-seed{self.seed}.json"
+        step = "imported" if self.step is None else f"step{self.step:08d}"
+        return f"{self.task}-{step}-{self.which}-{self.head}-seed{self.seed}.json"
 
 
 def wilson_interval(share: float, num: int) -> tuple[float, float]:

@@ -42,7 +42,16 @@ def state_sentence(facts: RunFacts) -> str:
         "silent": f"No sign of life since {moment(facts.last_sign)}, at {place}: it was killed "
         f"or hangs; {resume}.",
     }
-    return f"{sentences[facts.state]}{_resumes(facts)}"
+    return f"{sentences[facts.state]}{_origin(facts)}{_resumes(facts)}"
+
+
+def _origin(facts: RunFacts) -> str:
+    origin = facts.info.get("init_from")
+    if not origin:
+        return ""
+    fresh = f"; untrained at first: {', '.join(origin['fresh'])}" if origin.get("fresh") else ""
+    teacher = origin.get("teacher", "not told")
+    return f" It started from the weights of {origin['source']}, its teacher {teacher}{fresh}."
 
 
 def _time_left(facts: RunFacts) -> str:
