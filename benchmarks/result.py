@@ -1,17 +1,12 @@
-"""How every benchmark keeps its figures: one JSON file with the machine they were taken on."""
+"""Where the benchmarks of this repository keep their figures."""
 
-import json
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-from rich.console import Console
-from rich.table import Table
+from pipeline.bench.result import document, print_table, spread, write_document
 
-from pipeline.environment import git_commit, machine
+__all__ = ["RESULTS", "print_table", "spread", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,35 +25,6 @@ def write_result(
     Returns:
         The file that was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {
-        "benchmark": name,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": git_commit(Path(__file__).parent),
-        # Other work on the machine disturbs wall times; the load says how far to trust them.
-        "machine": machine() | {"load_1min": round(psutil.getloadavg()[0], 2)},
-        "settings": dict(settings),
-        "figures": dict(figures),
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_document(path, document(name, figures, settings))
     return path
-
-
-def spread(rounds: Sequence[float], digits: int = 2) -> dict[str, float]:
-    """Median, least and greatest of repeated measurements."""
-    return {
-        "median": round(statistics.median(rounds), digits),
-        "min": round(min(rounds), digits),
-        "max": round(max(rounds), digits),
-    }
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Show rows on the terminal; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -46,6 +47,22 @@ def parameter_groups(modules: Iterable[tuple[str, nn.Module]]) -> list[dict[str,
                     {"name": f"{module_name}/{suffix}", "params": params, "decays": decays}
                 )
     return groups
+
+
+def adamw(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over groups of `parameter_groups`, at a rate of 0 until a step sets it.
+
+    Fused on GPUs and on CPUs: one pass over weight, gradient and moments instead of a dozen, which
+    is most of the time of an update, since it is bound by memory. The results differ from the
+    plain loop's by rounding only.
+    """
+    return torch.optim.AdamW(
+        [{"params": g["params"], "name": g["name"], "weight_decay": 0.0} for g in groups],
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
