@@ -19,6 +19,7 @@ length. The pieces of all files together cover every tensor exactly once, whatev
 ZeRO stage wrote them, so a reader asks for neither. A rank that owns nothing writes no such file.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -117,8 +118,10 @@ class Manifest:
     """Number of the lease under which the run was owned; never falls from commit to commit."""
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The text of manifest.json; its last entry is the digest of the others."""
+        content = asdict(self)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**content, "sha256": digest}, indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +176,17 @@ def list_commits(run_dir: Path) -> list[Commit]:
     return sorted(found, key=lambda commit: commit.step)
 
 
+def list_headless(run_dir: Path) -> list[Commit]:
+    """Folders with a commit's name that lost their manifest; a save never leaves one like this."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    named = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    headless = [(step, path) for step, path in named if not (path / MANIFEST).is_file()]
+    found = [Commit(step=step, path=path) for step, path in headless if step is not None]
+    return sorted(found, key=lambda commit: commit.step)
+
+
 def list_partials(run_dir: Path) -> list[Path]:
     """Saves that were cut short."""
     folder = checkpoints_dir(run_dir)
@@ -219,6 +233,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         )
     try:
         files = tuple(FileEntry(**entry) for entry in raw.pop("files"))
-        return Manifest(files=files, **raw)
+        manifest = Manifest(files=files, **{k: v for k, v in raw.items() if k != "sha256"})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error
+    # Byte for byte, digest included: blanks and the order of entries are nobody's to change.
+    if manifest.to_json().encode() != content:
+        raise CheckpointError(f"{where} is damaged: its own digest differs.")
+    return manifest

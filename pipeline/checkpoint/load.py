@@ -25,6 +25,9 @@ class Rejected:
     commit: Commit
     reasons: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"step {self.commit.step}: {'; '.join(self.reasons)}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
@@ -35,17 +38,18 @@ class Found:
     rejected: tuple[Rejected, ...]
 
 
-def find_commit(run_dir: Path, step: int | None = None) -> Found:
+def find_commit(run_dir: Path, step: int | None = None, *, run_id: str | None = None) -> Found:
     """The newest whole commit of a run, or that of a step, with every digest checked.
 
     Args:
         run_dir: Folder of the run.
         step: A step to insist on; the newest that verifies otherwise.
+        run_id: The run that it has to be of, if that is known.
 
     Raises:
         CheckpointError: There is none, the one asked for is not there, or it is damaged.
     """
-    commits = layout.list_commits(run_dir)
+    commits = [*layout.list_commits(run_dir), *layout.list_headless(run_dir)]
     if not commits:
         raise CheckpointError(
             f"{run_dir} has no checkpoint.", remedy="Start the run with `jepa train CONFIG`."
@@ -53,13 +57,13 @@ def find_commit(run_dir: Path, step: int | None = None) -> Found:
     if step is not None:
         commits = [commit_of_step(run_dir, step)]
     rejected = []
-    for commit in reversed(commits):
-        problems = verify(commit.path)
+    for commit in sorted(commits, key=lambda commit: commit.step, reverse=True):
+        problems = verify(commit.path, run_id=run_id)
         if not problems:
             manifest = layout.read_manifest(commit.path)
             return Found(commit=commit, manifest=manifest, rejected=tuple(rejected))
         rejected.append(Rejected(commit=commit, reasons=tuple(problems)))
-    lines = [f"step {bad.commit.step}: {'; '.join(bad.reasons)}" for bad in rejected]
+    lines = [str(bad) for bad in rejected]
     raise CheckpointError(f"No checkpoint of {run_dir} is whole.\n  " + "\n  ".join(lines))
 
 
@@ -70,31 +74,48 @@ def commit_of_step(run_dir: Path, step: int) -> Commit:
         CheckpointError: There is none; the message lists those that exist.
     """
     commits = layout.list_commits(run_dir)
-    for commit in commits:
+    for commit in [*commits, *layout.list_headless(run_dir)]:
         if commit.step == step:
             return commit
     there = ", ".join(str(commit.step) for commit in commits) or "none"
     raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {there}.")
 
 
-def verify(commit_dir: Path) -> list[str]:
+def verify(commit_dir: Path, *, run_id: str | None = None, digests: bool = True) -> list[str]:
     """What is wrong with a commit: one line a problem, none if every byte is as it was written.
+
+    Args:
+        commit_dir: Folder of the commit; its name says of which step it has to be.
+        run_id: The run that it has to be of, if that is known.
+        digests: Read and compare all content; only names and sizes otherwise.
 
     Raises:
         StorageError: The file system refuses to read.
     """
     try:
         manifest = layout.read_manifest(commit_dir)
+        return [
+            *_misplaced(commit_dir, manifest, run_id),
+            *_differences(commit_dir, manifest, digests=digests),
+            *_extra(commit_dir, manifest),
+        ]
     except CheckpointError as error:
         return [str(error)]
-    try:
-        return [*_differences(commit_dir, manifest), *_extra(commit_dir, manifest)]
     except OSError as error:
         # Not the same as damage: going back to an older commit would lose work for nothing.
         raise StorageError(f"Cannot read {error.filename}: {error.strerror or error}") from error
 
 
-def _differences(commit_dir: Path, manifest: Manifest) -> list[str]:
+def _misplaced(commit_dir: Path, manifest: Manifest, run_id: str | None) -> list[str]:
+    problems = []
+    if layout.step_of(commit_dir.name) not in (None, manifest.step):
+        problems.append(f"file {layout.MANIFEST} is of step {manifest.step}")
+    if run_id is not None and manifest.run_id != run_id:
+        problems.append(f"it is of run {manifest.run_id}, the folder of run {run_id}")
+    return problems
+
+
+def _differences(commit_dir: Path, manifest: Manifest, *, digests: bool) -> list[str]:
     problems = []
     for entry in manifest.files:
         path = commit_dir / entry.path
@@ -103,7 +124,7 @@ def _differences(commit_dir: Path, manifest: Manifest) -> list[str]:
         elif path.stat().st_size != entry.num_bytes:
             size = path.stat().st_size
             problems.append(f"file {entry.path} has {size} bytes, expected {entry.num_bytes}")
-        elif sha256_of(path) != entry.sha256:
+        elif digests and sha256_of(path) != entry.sha256:
             problems.append(f"file {entry.path}: its digest differs, its content was changed")
     return problems
 
