@@ -66,8 +66,7 @@ def test_encoder_flops_equal_what_torch_counts(keep):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(torch.zeros(1, 3, 4, 32, 24), kept)
     num_tokens = SMALL.grid_of(4, 32, 24).num_tokens
-    counted = encoder_flops(SMALL, keep or num_tokens, embedded=num_tokens)
-    assert counter.get_total_flops() == counted
+    assert counter.get_total_flops() == encoder_flops(SMALL, keep or num_tokens)
 
 
 def test_predictor_flops_equal_what_torch_counts():

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.clip import Grid
 from pipeline.models.rope import (
+    RotaryStyle,
     axis_dim,
     rotary_angles,
     rotary_factors,
@@ -81,7 +82,7 @@ def test_interleaved_scores_depend_on_the_distance_alone_and_tiled_scores_do_not
 @pytest.mark.parametrize("mode", ["tiled", "interleaved"])
 def test_tables_turn_each_axis_by_its_own_position_and_leave_the_tail(mode):
     x = torch.randn(64, generator=torch.Generator().manual_seed(2))
-    tables = rotary_tables(torch.tensor([[300]]), GRID, 64, mode)
+    tables = rotary_tables(torch.tensor([[300]]), GRID, 64, RotaryStyle(mode=mode))
     turned = rotate(x.view(1, 1, 1, 64), tables).flatten()
     parts = [turn(x[a : a + 20], p, mode) for a, p in ((0, 1), (20, 2), (40, 12))]
     torch.testing.assert_close(turned, torch.cat([*parts, x[60:]]), atol=1e-6, rtol=0)
@@ -91,7 +92,9 @@ def test_tables_turn_each_axis_by_its_own_position_and_leave_the_tail(mode):
 def test_bfloat16_vectors_are_turned_by_float32_angles():
     # In bfloat16 the angle itself would be wrong by up to 0.03 rad here.
     x = torch.randn(60, generator=torch.Generator().manual_seed(3)).bfloat16()
-    tables = rotary_tables(torch.tensor([[31 * 256 + 23]]), Grid(t=32, h=16, w=16), 60, "tiled")
+    tables = rotary_tables(
+        torch.tensor([[31 * 256 + 23]]), Grid(t=32, h=16, w=16), 60, RotaryStyle()
+    )
     turned = rotate(x.view(1, 1, 1, 60), tables)
     assert tables.dtype == torch.float32
     assert turned.dtype == torch.bfloat16

@@ -1,47 +1,86 @@
-"""Which attention kernel runs; the only importer of flash-attn."""
+"""How attention is configured and called; its kernels stand in `attention_kernels`."""
 
-import importlib
-import importlib.util
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
-from pipeline.models.rope import RopeMode
+from pipeline.models.attention_kernels import (
+    Kernel,
+    how_to_install,
+    run_dense,
+    run_packed,
+    why_not,
+    why_not_installed,
+)
+from pipeline.models.packing import Packing
+from pipeline.models.rope import RopeMode, RopePrecision, RotaryStyle
 
-Backend = Literal["sdpa", "math", "flash2"]
+Backend = Kernel | Literal["fastest"]
 
 
 class AttentionConfig(Section):
     """How attention is computed and how tokens know their place; one setting for all networks."""
 
     backend: Backend = "sdpa"
-    """Kernel: `sdpa` is torch's own and picks the fastest there is, `flash2` the flash-attn package
-    (NVIDIA GPUs, bf16), `math` the plain formula, slow and hungry, to compare the others with."""
+    """Kernel: `sdpa` is torch's own choice among its own, which `sdpa-flash`, `sdpa-cudnn`,
+    `sdpa-efficient` and `sdpa-math` force; `flash2`, `flash3` and `flash4` are the flash-attn
+    packages (NVIDIA GPUs, bf16), `varlen` torch's kernel for sequences of different lengths;
+    `math` is the plain formula, slow and hungry, to compare the others with; `fastest` times
+    those that run on this device at the start of each stage and takes the best."""
+    positions: Literal["rope", "sincos"] = "rope"
+    """How tokens know their place: `rope` turns queries and keys in every layer (V-JEPA 2);
+    `sincos` adds a fixed table of sines and cosines to the tokens once (V-JEPA 1)."""
     rope: RopeMode = "tiled"
     """Rotary layout: `tiled` as in V-JEPA 2 and its released weights, `interleaved` as in 2.1."""
+    rope_precision: RopePrecision = "fp32"
+    """`fp32` computes rotary angles exactly; `reference-autocast` rounds them as the reference's
+    bf16 training did (angles wrong by up to 0.03 rad), for studies that compare bit by bit."""
+    rope_rescale: bool = False
+    """Spread height and width positions of any size over the 16 places of a 256-pixel clip, as in
+    V-JEPA 2.1; time is left as it is."""
+    uniform_power: bool = True
+    """For `sincos`: time, height and width get equal parts of a token, as in V-JEPA 1; otherwise
+    time gets half."""
+
+    @property
+    def rotary(self) -> RotaryStyle | None:
+        """The rotary positions, or None if there are none."""
+        if self.positions == "sincos":
+            return None
+        return RotaryStyle(mode=self.rope, precision=self.rope_precision, rescale=self.rope_rescale)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, backend: Backend) -> Tensor:
-    """Softmax attention of all tokens to all tokens.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, backend: Backend, packing: Packing | None = None
+) -> Tensor:
+    """Softmax attention of all tokens of a sequence to each other.
 
     Args:
-        query: [B, N, heads, head_dim], like `key` and `value`.
+        query: [B, N, heads, head_dim]; with `packing` [P, heads, head_dim]. Like `key`, `value`.
         key: Rotated keys.
         value: Values, not rotated.
-        backend: The kernel.
+        backend: The kernel; `fastest` is `sdpa` as long as nobody has timed the others.
+        packing: Where the sequences of a packed call lie. Kernels that cannot pack run one dense
+            call for each run of sequences of one length.
 
     Returns:
-        [B, N, heads, head_dim] in the dtype of `value`; scores are scaled by 1/sqrt(head_dim).
+        Like `query`, in the dtype of `value`; scores are scaled by 1/sqrt(head_dim).
 
     Raises:
-        ConfigError: `flash2` without the package, or on tensors it cannot take.
+        ConfigError: The kernel is not installed, or cannot take these tensors.
     """
-    return _KERNELS[backend](query, key, value)
+    kernel = kernel_of(backend)
+    _check_takes(kernel, value)
+    if packing is None:
+        return run_dense(kernel, (query, key, value))
+    return run_packed(kernel, (query, key, value), packing)
+
+
+def kernel_of(backend: Backend) -> Kernel:
+    """The kernel that a setting means while no other has been chosen."""
+    return "sdpa" if backend == "fastest" else backend
 
 
 def check_backend(config: AttentionConfig) -> None:
@@ -50,49 +89,20 @@ def check_backend(config: AttentionConfig) -> None:
     Raises:
         ConfigError: The backend's package is not installed.
     """
-    if config.backend == "flash2" and importlib.util.find_spec("flash_attn") is None:
-        raise _flash_missing("no module named flash_attn")
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    )
-    return out.transpose(1, 2)
-
-
-def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
-    weights = scores.float().softmax(dim=-1).to(value.dtype)
-    return (weights @ value.transpose(1, 2)).transpose(1, 2)
-
-
-def _flash2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if value.device.type != "cuda" or value.dtype not in (torch.bfloat16, torch.float16):
+    kernel = kernel_of(config.backend)
+    reason = why_not_installed(kernel)
+    if reason is not None:
         raise ConfigError(
-            "attention.backend flash2 expects bf16 or fp16 tensors on an NVIDIA GPU, "
-            f"got {value.dtype} on {value.device.type}",
-            remedy="Set the run's precision to bf16, or attention.backend to sdpa.",
+            f"attention.backend {kernel} cannot be used here: {reason}",
+            remedy=f"Install it ({how_to_install(kernel)}), or set attention.backend=sdpa.",
         )
-    return _flash_function()(query, key, value)
 
 
-def _flash_function() -> Callable[..., Any]:
-    try:
-        return importlib.import_module("flash_attn").flash_attn_func
-    except ImportError as error:
-        raise _flash_missing(str(error)) from error
-
-
-def _flash_missing(reason: str) -> ConfigError:
-    return ConfigError(
-        f"attention.backend flash2 needs flash-attn, which cannot be imported: {reason}",
-        remedy="Install it with `pip install 'jepa-pipeline[gpu]'`, or set attention.backend=sdpa.",
-    )
-
-
-_KERNELS: dict[Backend, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "sdpa": _sdpa,
-    "math": _math,
-    "flash2": _flash2,
-}
+def _check_takes(kernel: Kernel, value: Tensor) -> None:
+    reason = why_not(kernel, value.device, value.dtype)
+    if reason is not None:
+        raise ConfigError(
+            f"attention.backend {kernel} cannot be used here: {reason}",
+            remedy="Set the run's precision to bf16 if that is what it takes, or "
+            "attention.backend to sdpa or fastest.",
+        )

@@ -31,8 +31,8 @@ def encoder_flops(config: EncoderConfig, tokens: int, *, embedded: int | None = 
     Args:
         config: The encoder.
         tokens: Tokens that go through the blocks.
-        embedded: Tokens that are embedded, which is all tokens of the clip's grid even when a
-            mask keeps fewer; defaults to `tokens`.
+        embedded: Tokens that are embedded, if not the same: several masks that together keep more
+            tokens than the clip has embed each of its tokens once.
     """
     dims = config.dims
     num_embedded = tokens if embedded is None else embedded

@@ -1,24 +1,19 @@
 """The video encoder: a Vision Transformer over tubelets with rotary positions in three axes."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from pipeline.clip import Grid
+from pipeline.clip import Grid, MaskSet
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
-from pipeline.models.attention import AttentionConfig, check_backend
-from pipeline.models.layers import (
-    LayerNorm,
-    ModelDims,
-    PatchConv,
-    blocks,
-    gather_tokens,
-    run_block,
-)
-from pipeline.models.rope import rotary_tables
+from pipeline.models.attention import AttentionConfig
+from pipeline.models.layers import LayerNorm, ModelDims, PatchConv, Route, blocks
+from pipeline.models.network import Network
+from pipeline.models.packing import Packing, context_tokens
 
 Size = Literal[
     "vit_tiny",
@@ -113,12 +108,21 @@ class PatchEmbed(nn.Module):
             config.dims.width, tubelet_size=config.tubelet_size, patch_size=config.patch_size
         )
 
-    def forward(self, video_BCTHW: Tensor) -> Tensor:
-        """[B, 3, T, H, W] → [B, N, D]."""
-        return self.proj(video_BCTHW).flatten(2).transpose(1, 2)
+    def forward(self, video_BCTHW: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[B, 3, T, H, W] → [B, N, D], or the tokens [*rows.shape, D] of the clips in a row.
+
+        Fewer tokens than there are in the clips are cut out before they are embedded; more (masks
+        may share tokens) are picked afterwards, so that no token is embedded twice for nothing.
+        """
+        patches_BNV = self.proj.cut(video_BCTHW)
+        if rows is None:
+            return self.proj(patches_BNV)
+        if rows.numel() < patches_BNV.shape[0] * patches_BNV.shape[1]:
+            return self.proj(_pick(patches_BNV, rows))
+        return _pick(self.proj(patches_BNV), rows)
 
 
-class Encoder(nn.Module):
+class Encoder(Network):
     """Vision Transformer of V-JEPA 2 (arXiv 2506.09985): no class token, no position table.
 
     Parameter names are those of the released state dicts. Weights are drawn from torch's global
@@ -126,7 +130,7 @@ class Encoder(nn.Module):
 
     Args:
         config: Size and token shape.
-        attention: Kernel and rotary layout.
+        attention: Kernel and positions.
         checkpoint_activations: Compute each block again in the backward pass instead of keeping
             its activations: about a third more compute for a fraction of the memory.
 
@@ -141,46 +145,58 @@ class Encoder(nn.Module):
         attention: AttentionConfig,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
-        check_backend(attention)
+        super().__init__(
+            config.dims, attention=attention, checkpoint_activations=checkpoint_activations
+        )
         self.config = config
-        self.attention = attention
-        self.checkpoint_activations = checkpoint_activations
         self.patch_embed = PatchEmbed(config)
-        self.blocks = blocks(config.dims, attention)
+        self.blocks = blocks(config.dims)
         self.norm = LayerNorm(config.dims.width)
 
     def forward(
-        self, video_BCTHW: Tensor, keep_BK: Tensor | None = None, layers: tuple[int, ...] = ()
+        self,
+        video_BCTHW: Tensor,
+        keep: Tensor | Sequence[MaskSet] | None = None,
+        layers: tuple[int, ...] = (),
     ) -> Tensor | list[Tensor]:
         """Features of a clip's tokens, after the final norm.
 
+        With a micro-batch's masks the contexts of all of them go through the blocks in one pass,
+        packed, whether or not clips keep equally many tokens:
+
+            masks = batch.masks
+            context_PD = encoder(video, masks)
+            guess_PD = predictor(context_PD, masks, grid)
+            wanted_PD = gather_packed(teacher(video), target_tokens(masks))
+            by_mask = guess_PD.split(target_tokens(masks).per_mask)
+
+        Tokens stand mask after mask, clip after clip (`packing.context_tokens`).
+
         Args:
             video_BCTHW: Normalised frames; cast to the weights' dtype.
-            keep_BK: Indices of the tokens to encode, all of them if None. All tokens are embedded
-                and the kept ones gathered; each keeps the position of its index.
+            keep: Which tokens to encode: all of them if None, those of indices [B, K], or the
+                contexts of several masks. Each keeps the position of its index.
             layers: 0-based blocks whose outputs are wanted, each put through the final norm.
 
         Returns:
-            [B, K or N, D]; with `layers` a list of those, in the order of `layers`.
+            [B, N, D] or [B, K, D], packed [P, D] for masks; with `layers` a list of those, in the
+            order of `layers`.
 
         Raises:
             ConfigError: The clip cannot be cut into whole tokens, or a layer is not there.
         """
         self._check_layers(layers)
         grid = self.config.grid_of(*video_BCTHW.shape[2:])
-        x_BND = self.patch_embed(video_BCTHW.to(self.patch_embed.proj.weight.dtype))
-        index_BN = torch.arange(grid.num_tokens, device=x_BND.device)[None]
-        if keep_BK is not None:
-            x_BND, index_BN = gather_tokens(x_BND, keep_BK), keep_BK
-        head_dim = self.config.dims.head_dim
-        rotary = rotary_tables(index_BN, grid, head_dim, self.attention.rope)
-        taken: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
-            x_BND = run_block(block, x_BND, rotary, recompute=self.checkpoint_activations)
-            if layer in layers:
-                taken[layer] = self.norm(x_BND)
-        return [taken[layer] for layer in layers] if layers else self.norm(x_BND)
+        index, rows, packing = _wanted(keep, grid, video_BCTHW.device)
+        x = self.patch_embed(video_BCTHW.to(self.patch_embed.proj.weight.dtype), rows)
+        x = self._place(x, index, grid)
+        rotary = self._rotary(index, grid)
+        route = Route(backend=self.backend, packing=packing)
+        x, taken = self._run(x, rotary, route, layers)
+        return [self.norm(taken[layer]) for layer in layers] if layers else self.norm(x)
+
+    def _stack(self) -> nn.ModuleList:
+        return self.blocks
 
     def _check_layers(self, layers: tuple[int, ...]) -> None:
         wrong = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
@@ -189,6 +205,23 @@ class Encoder(nn.Module):
                 f"expected encoder layers from 0 to {len(self.blocks) - 1}, got {wrong}",
                 remedy="Name 0-based layers that this encoder has.",
             )
+
+
+def _wanted(
+    keep: Tensor | Sequence[MaskSet] | None, grid: Grid, device: torch.device
+) -> tuple[Tensor, Tensor | None, Packing | None]:
+    """Token indices, their rows among all clips' tokens, and their packing if they are packed."""
+    if keep is None:
+        return torch.arange(grid.num_tokens, device=device)[None], None, None
+    if isinstance(keep, Tensor):
+        first_B = torch.arange(keep.shape[0], device=device) * grid.num_tokens
+        return keep, keep + first_B[:, None], None
+    tokens = context_tokens(keep)
+    return tokens.index_P, tokens.clip_P * grid.num_tokens + tokens.index_P, tokens.packing
+
+
+def _pick(x_BND: Tensor, rows: Tensor) -> Tensor:
+    return x_BND.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _whole(name: str, size: int, unit_name: str, unit: int) -> int:

@@ -8,18 +8,28 @@ that touched `.weight` afterwards would write to an empty tensor without an erro
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.attention import AttentionConfig, Backend, attend
+from pipeline.models.attention import Backend, attend
+from pipeline.models.packing import Packing
 from pipeline.models.rope import MIN_HEAD_DIM, rotate
+
+CompiledBlock = Callable[["Block", Tensor, Tensor | None, "Route"], Tensor]
 
 INIT_STD = 0.02
 NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """How attention runs in one pass; the same for all layers of a network."""
+
+    backend: Backend
+    packing: Packing | None = None
+    """Where the sequences of a packed pass lie; None for clips of one length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +91,26 @@ class Linear(nn.Linear):
 
 
 class PatchConv(nn.Conv3d):
-    """The patch embedding's convolution: kernel and stride are one tubelet of `patch` pixels."""
+    """The patch embedding's convolution: kernel and stride are one tubelet of `patch` pixels.
+
+    Patches do not overlap, so it is a matrix product of cut-out patches, which is faster than a
+    convolution on every device and need not see the patches that nobody asks for.
+    """
 
     def __init__(self, width: int, *, tubelet_size: int, patch_size: int) -> None:
         kernel = (tubelet_size, patch_size, patch_size)
         super().__init__(3, width, kernel_size=kernel, stride=kernel)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Patches […, colour · time · height · width] → […, D]."""
+        return F.linear(input, self.weight.flatten(1), self.bias)
+
+    def cut(self, video_BCTHW: Tensor) -> Tensor:
+        """Pixels [B, 3, T, H, W] → patches [B, N, values], in (t, h, w) order, w fastest."""
+        time, height, width = self.kernel_size
+        tubes = video_BCTHW.unflatten(4, (-1, width)).unflatten(3, (-1, height))
+        tubes = tubes.unflatten(2, (-1, time))  # [B, C, t, time, h, height, w, width]
+        return tubes.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def reset_parameters(self) -> None:
         """Called by torch's constructor; replaces its own initialisation."""
@@ -106,19 +131,16 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Self-attention with one fused [q | k | v] projection and rotary positions."""
 
-    def __init__(self, dims: ModelDims, attention: AttentionConfig, *, layer: int) -> None:
+    def __init__(self, dims: ModelDims, *, layer: int) -> None:
         super().__init__()
         self.heads = dims.heads
-        self.backend: Backend = attention.backend
         self.qkv = Linear(dims.width, 3 * dims.width)
         self.proj = Linear(dims.width, dims.width, residual_layer=layer)
 
-    def forward(self, x_BND: Tensor, rotary: Tensor) -> Tensor:
-        """[B, N, D] → [B, N, D]; `rotary` as `rope.rotary_tables` returns it."""
-        qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, head_dim]
-        query, key = rotate(qkv[:, :, :2], rotary.unsqueeze(-3)).unbind(2)
-        out = attend(query, key, qkv[:, :, 2], self.backend)
-        return self.proj(out.flatten(-2))
+    def forward(self, x: Tensor, rotary: Tensor | None, route: Route) -> Tensor:
+        """[…, D] → […, D]; see `Block.forward`."""
+        query, key, value = split_heads(self.qkv(x), rotary, self.heads)
+        return self.proj(attend(query, key, value, route.backend, route.packing).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -129,41 +151,48 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dims.width, dims.mlp_hidden)
         self.fc2 = Linear(dims.mlp_hidden, dims.width, residual_layer=layer)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] → [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(x_BND)))
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, D] → […, D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, dims: ModelDims, attention: AttentionConfig, *, layer: int) -> None:
+    def __init__(self, dims: ModelDims, *, layer: int) -> None:
         super().__init__()
+        self.compiled: CompiledBlock | None = None
         self.norm1 = LayerNorm(dims.width)
-        self.attn = Attention(dims, attention, layer=layer)
+        self.attn = Attention(dims, layer=layer)
         self.norm2 = LayerNorm(dims.width)
         self.mlp = Mlp(dims, layer=layer)
 
-    def forward(self, x_BND: Tensor, rotary: Tensor) -> Tensor:
-        """[B, N, D] → [B, N, D]."""
-        x_BND = x_BND + self.attn(self.norm1(x_BND), rotary)
-        return x_BND + self.mlp(self.norm2(x_BND))
+    def forward(self, x: Tensor, rotary: Tensor | None, route: Route) -> Tensor:
+        """One layer on [B, N, D] clips or, if the route is packed, on [P, D] tokens.
+
+        Args:
+            x: The residual stream.
+            rotary: As `rope.rotary_tables` returns it; None without rotary positions.
+            route: Kernel and, for a packed call, the ends of the sequences.
+        """
+        if self.compiled is not None:
+            return self.compiled(self, x, rotary, route)
+        x = x + self.attn(self.norm1(x), rotary, route)
+        return x + self.mlp(self.norm2(x))
 
 
-def blocks(dims: ModelDims, attention: AttentionConfig) -> nn.ModuleList:
+def split_heads(qkv: Tensor, rotary: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projected tokens […, 3 D] as query, key and value […, heads, head_dim], places turned in."""
+    query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=-3)
+    if rotary is not None:
+        query_key = rotate(query_key, rotary.unsqueeze(-3))
+    query, key = query_key.unbind(-3)
+    return query, key, value.squeeze(-3)
+
+
+def blocks(dims: ModelDims) -> nn.ModuleList:
     """The stack of a network's blocks; layers are numbered from 1 for the initialisation."""
-    return nn.ModuleList(Block(dims, attention, layer=i + 1) for i in range(dims.depth))
-
-
-def run_block(
-    block: Callable[..., Any], x_BND: Tensor, rotary: Tensor, *, recompute: bool
-) -> Tensor:
-    """One block; with `recompute` its activations are computed again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        # No random numbers are drawn in a block, so their state need not be kept.
-        kept: Any = checkpoint(block, x_BND, rotary, use_reentrant=False, preserve_rng_state=False)
-        return kept
-    return block(x_BND, rotary)
+    return nn.ModuleList(Block(dims, layer=i + 1) for i in range(dims.depth))
 
 
 def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The predictor: a narrow transformer that fills in the features of the tokens it is asked for."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -9,16 +11,17 @@ from torch import Tensor, nn
 from pipeline.clip import Grid, MaskSet
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
-from pipeline.models.attention import AttentionConfig, check_backend
-from pipeline.models.layers import (
-    LayerNorm,
-    Linear,
-    ModelDims,
-    blocks,
-    gather_tokens,
-    run_block,
+from pipeline.models.attention import AttentionConfig
+from pipeline.models.layers import LayerNorm, Linear, ModelDims, Route, blocks
+from pipeline.models.network import Network
+from pipeline.models.packing import (
+    PackedTokens,
+    Packing,
+    context_tokens,
+    packing_of,
+    sequence_of_token,
+    target_tokens,
 )
-from pipeline.models.rope import rotary_tables
 
 
 class PredictorConfig(Section):
@@ -33,7 +36,11 @@ class PredictorConfig(Section):
     mlp_hidden: PositiveInt | None = None
     """Hidden width of the MLPs; defaults to 4 times `width`."""
     num_mask_tokens: PositiveInt = 1
-    """Learned query vectors; more than 1 only to load released weights, which carry unused ones."""
+    """Learned query vectors. V-JEPA 2 uses one; more are for `mask_token_per_mask`, or to load
+    released weights, which carry unused ones."""
+    mask_token_per_mask: bool = False
+    """Each mask of a stage asks with a query vector of its own, as in V-JEPA 1; needs as many
+    `num_mask_tokens` as masks."""
 
     @property
     def dims(self) -> ModelDims:
@@ -51,7 +58,7 @@ class PredictorConfig(Section):
         return self
 
 
-class Predictor(nn.Module):
+class Predictor(Network):
     """Predictor of V-JEPA 2 (arXiv 2506.09985, section 2.1).
 
     Parameter names are those of the released state dicts, with their list of mask tokens stacked
@@ -61,7 +68,7 @@ class Predictor(nn.Module):
     Args:
         config: Size.
         encoder_width: Width of the encoder's features, taken in and given back.
-        attention: Kernel and rotary layout.
+        attention: Kernel and positions.
         checkpoint_activations: Compute each block again in the backward pass.
 
     Raises:
@@ -76,53 +83,96 @@ class Predictor(nn.Module):
         attention: AttentionConfig,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
-        check_backend(attention)
+        super().__init__(
+            config.dims, attention=attention, checkpoint_activations=checkpoint_activations
+        )
         self.config = config
-        self.attention = attention
-        self.checkpoint_activations = checkpoint_activations
         self.predictor_embed = Linear(encoder_width, config.width)
         self.mask_tokens = nn.Parameter(torch.zeros(config.num_mask_tokens, 1, 1, config.width))
-        self.predictor_blocks = blocks(config.dims, attention)
+        self.predictor_blocks = blocks(config.dims)
         self.predictor_norm = LayerNorm(config.width)
         self.predictor_proj = Linear(config.width, encoder_width)
 
     def forward(
-        self, context_BKD: Tensor, mask: MaskSet, grid: Grid, mask_token: int = 0
+        self,
+        context: Tensor,
+        masks: MaskSet | Sequence[MaskSet],
+        grid: Grid,
+        mask_token: int | None = None,
     ) -> Tensor:
-        """Predicted features of the target tokens.
+        """Predicted features of the target tokens, those of all masks in one pass.
 
         Args:
-            context_BKD: The encoder's features of the context tokens, in the mask's order.
-            mask: Which tokens are context and which are asked for.
+            context: The encoder's features of the context tokens: [B, K, D] in the order of one
+                mask, or packed [P, D] as the encoder gives them for several masks.
+            masks: Which tokens are context and which are asked for; one mask or several.
             grid: The clip's real grid; it may be of any shape.
-            mask_token: Which learned query vector stands at the target positions.
+            mask_token: Which learned query vector stands at the target positions; by default the
+                first, or with `mask_token_per_mask` each mask's own.
 
         Returns:
-            [B, Kt, encoder_width], in the order of `mask.target_BK`.
+            [B, Kt, encoder_width] in the order of one mask's `target_BK`; for several masks packed
+            [P, encoder_width] in the order of `packing.target_tokens`.
 
         Raises:
             ConfigError: There is no such mask token.
         """
-        query_BKD = self._queries(mask, mask_token)
-        x_BND = torch.cat((self.predictor_embed(context_BKD), query_BKD), dim=1)
-        index_BN = torch.cat((mask.context_BK, mask.target_BK), dim=1)
-        # Attention does not care for order; sorted by position the sums run as in the reference.
-        order_BN = index_BN.argsort(dim=1)
-        x_BND = gather_tokens(x_BND, order_BN)
-        head_dim = self.config.dims.head_dim
-        rotary = rotary_tables(index_BN.gather(1, order_BN), grid, head_dim, self.attention.rope)
-        for block in self.predictor_blocks:
-            x_BND = run_block(block, x_BND, rotary, recompute=self.checkpoint_activations)
-        place_BN = order_BN.argsort(dim=1)
-        target_BKD = gather_tokens(x_BND, place_BN[:, context_BKD.shape[1] :])
-        return self.predictor_proj(self.predictor_norm(target_BKD))
+        if isinstance(masks, MaskSet):
+            flat = self._predict(context.flatten(0, 1), (masks,), grid, mask_token)
+            return flat.unflatten(0, masks.target_BK.shape)
+        return self._predict(context, masks, grid, mask_token)
 
-    def _queries(self, mask: MaskSet, mask_token: int) -> Tensor:
-        if not 0 <= mask_token < self.config.num_mask_tokens:
-            raise ConfigError(
-                f"expected a mask token from 0 to {self.config.num_mask_tokens - 1}, "
-                f"got {mask_token}",
-                remedy="Raise predictor.num_mask_tokens, or ask for a mask token that is there.",
-            )
-        return self.mask_tokens[mask_token].expand(*mask.target_BK.shape, -1)
+    def _predict(
+        self, context_PD: Tensor, masks: Sequence[MaskSet], grid: Grid, mask_token: int | None
+    ) -> Tensor:
+        context, target = context_tokens(masks), target_tokens(masks)
+        both = _joined(context, target, grid)
+        index_P = torch.cat((context.index_P, target.index_P))
+        x_PD = torch.cat((self.predictor_embed(context_PD), self._queries(target, mask_token)))
+        # Each token is picked once: `index_select` has a cheaper backward pass than indexing.
+        x_PD = self._place(x_PD, index_P, grid).index_select(0, both.order_P)
+        rotary = self._rotary(index_P[both.order_P], grid)
+        route = Route(backend=self.backend, packing=both.packing)
+        x_PD, _ = self._run(x_PD, rotary, route)
+        place_P = both.order_P.argsort()
+        target_PD = x_PD.index_select(0, place_P[context_PD.shape[0] :])
+        return self.predictor_proj(self.predictor_norm(target_PD))
+
+    def _stack(self) -> nn.ModuleList:
+        return self.predictor_blocks
+
+    def _queries(self, target: PackedTokens, mask_token: int | None) -> Tensor:
+        """The mask tokens [P, width] of all targets."""
+        per_mask = self.config.mask_token_per_mask and mask_token is None
+        names = range(len(target.per_mask)) if per_mask else (mask_token or 0,)
+        counts = target.per_mask if per_mask else (sum(target.per_mask),)
+        for name in names:
+            if not 0 <= name < self.config.num_mask_tokens:
+                raise ConfigError(
+                    f"expected a mask token from 0 to {self.config.num_mask_tokens - 1}, "
+                    f"got {name}",
+                    remedy="Raise predictor.num_mask_tokens, or ask for one that is there.",
+                )
+        tokens_MD = self.mask_tokens.flatten(1)
+        pairs = zip(names, counts, strict=True)
+        return torch.cat([tokens_MD[name].expand(count, -1) for name, count in pairs])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Joined:
+    """Context and target of each mask and clip as one sequence, sorted by place."""
+
+    order_P: Tensor
+    """Which token of [all contexts ; all targets] stands where."""
+    packing: Packing
+
+
+def _joined(context: PackedTokens, target: PackedTokens, grid: Grid) -> _Joined:
+    # Attention does not care for order; sorted by position the sums run as in the reference.
+    parts = [
+        sequence_of_token(tokens.packing) * grid.num_tokens + tokens.index_P
+        for tokens in (context, target)
+    ]
+    pairs = zip(context.packing.lengths, target.packing.lengths, strict=True)
+    packing = packing_of([one + other for one, other in pairs], context.index_P.device)
+    return _Joined(order_P=torch.cat(parts).argsort(), packing=packing)

@@ -7,6 +7,8 @@ different angles. `interleaved` (V-JEPA 2.1) repeats each frequency for both mem
 it a true rotation.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -15,11 +17,23 @@ from torch import Tensor
 from pipeline.clip import Grid
 
 RopeMode = Literal["tiled", "interleaved"]
+RopePrecision = Literal["fp32", "reference-autocast"]
 
 MIN_HEAD_DIM = 12
 """Below this an axis would have fewer than four rotated elements, a single frequency."""
 
 _BASE = 10000.0
+# The patches along an edge of 256 pixels, which V-JEPA 2.1 maps every size onto.
+_TRAINED_EDGE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryStyle:
+    """Everything about rotary positions that is not the clip's grid; see `AttentionConfig`."""
+
+    mode: RopeMode = "tiled"
+    precision: RopePrecision = "fp32"
+    rescale: bool = False
 
 
 def axis_dim(head_dim: int) -> int:
@@ -27,17 +41,27 @@ def axis_dim(head_dim: int) -> int:
     return 2 * (head_dim // 3 // 2)
 
 
-def rotary_angles(position_P: Tensor, dim: int, mode: RopeMode) -> Tensor:
-    """Angles of one axis in radians, float32 [P, dim], for whole-number positions [P].
+def rotary_angles(
+    position_P: Tensor, dim: int, mode: RopeMode, precision: RopePrecision = "fp32"
+) -> Tensor:
+    """Angles of one axis in radians [P, dim] for positions [P].
 
-    Frequencies are 10000^(-j/m) with m = dim/2 and j = 0..m-1; positions are neither offset nor
-    scaled. Always float32: in bfloat16 the angle error at position 31 is already 0.03 rad.
+    Frequencies are 10000^(-j/m) with m = dim/2 and j = 0..m-1. In `fp32` everything is float32.
+    `reference-autocast` rounds as the reference does under bf16 autocast: exponents, frequencies,
+    positions and angles are bfloat16, the power alone is float32; the angle is then wrong by up
+    to 0.03 rad at position 31.
     """
     num_frequencies = dim // 2
     j = torch.arange(num_frequencies, dtype=torch.float32, device=position_P.device)
-    frequency = _BASE ** (-j / num_frequencies)
+    exponent = j / num_frequencies
+    position = position_P.float()
+    if precision == "reference-autocast":
+        frequency = (1.0 / _BASE ** exponent.bfloat16().float()).bfloat16()
+        position = position.bfloat16()
+    else:
+        frequency = _BASE**-exponent
     frequency = frequency.repeat(2) if mode == "tiled" else frequency.repeat_interleave(2)
-    return position_P.float()[:, None] * frequency
+    return position[:, None] * frequency
 
 
 def token_positions(index: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,28 +73,50 @@ def token_positions(index: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def rotary_tables(index_BN: Tensor, grid: Grid, head_dim: int, mode: RopeMode) -> Tensor:
-    """What turns the tokens of a forward pass, computed once and shared by all its layers.
+def rotary_tables(index: Tensor, grid: Grid, head_dim: int, style: RotaryStyle) -> Tensor:
+    """What turns the tokens of a forward pass, shared by all its layers.
+
+    Angles, cosines and sines are computed once per grid and kept; a call only picks its tokens.
 
     Args:
-        index_BN: Token indices in the clip's full grid; B may be 1 if all clips share them.
+        index: Token indices in the clip's full grid, of any shape.
         grid: The clip's real grid.
         head_dim: Width of one attention head.
-        mode: How frequencies are laid out along an axis.
+        style: Layout, precision and scale of the angles.
 
     Returns:
-        float32 [2, B, N, 1, head_dim] for `rotate`; the tail is left as it is. One tensor,
-        because the hooks of ZeRO-3 look for tensors among a module's arguments.
+        [2, *index.shape, 1, head_dim] for `rotate`, float32 or bfloat16 as the style says; the
+        tail is left as it is. One tensor, because the hooks of ZeRO-3 look for tensors among a
+        module's arguments.
     """
+    return _grid_table(grid, head_dim, style, index.device)[:, index]
+
+
+@lru_cache(maxsize=8)
+def _grid_table(grid: Grid, head_dim: int, style: RotaryStyle, device: torch.device) -> Tensor:
+    """Factors [2, N, 1, head_dim] of all tokens of a grid; some 9 MiB for 64 frames of 384 px."""
     dim = axis_dim(head_dim)
-    # Angles are taken once per position of the longest axis, then gathered: tokens are many,
-    # positions few.
-    positions = torch.arange(max(grid.t, grid.h, grid.w), device=index_BN.device)
-    factors_RPA = rotary_factors(rotary_angles(positions, dim, mode))
-    parts = [factors_RPA[:, position_BN] for position_BN in token_positions(index_BN, grid)]
-    tail = torch.zeros(*parts[0].shape[:-1], head_dim - 3 * dim, device=index_BN.device)
-    tail[0] = 1.0
-    return torch.cat([*parts, tail], dim=-1).unsqueeze(-2)
+    # A tensor made in inference mode could never be kept for a backward pass.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        places = token_positions(torch.arange(grid.num_tokens, device=device), grid)
+        axes = (
+            (places[0], grid.t, 1.0),
+            (places[1], grid.h, _scale(grid.h, style)),
+            (places[2], grid.w, _scale(grid.w, style)),
+        )
+        parts = []
+        for place_N, length, scale in axes:
+            position_P = torch.arange(length, dtype=torch.float32, device=device) * scale
+            angles = rotary_angles(position_P, dim, style.mode, style.precision)
+            parts.append(rotary_factors(angles)[:, place_N])
+        tail = parts[0].new_zeros(2, grid.num_tokens, head_dim - 3 * dim)
+        tail[0] = 1.0
+        return torch.cat([*parts, tail], dim=-1).unsqueeze(-2)
+
+
+def _scale(length: int, style: RotaryStyle) -> float:
+    """What a place along an edge of `length` patches is multiplied by (arXiv 2603.14482)."""
+    return (_TRAINED_EDGE - 1) / (length - 1) if style.rescale and length > 1 else 1.0
 
 
 def rotary_factors(angle: Tensor) -> Tensor:
@@ -81,11 +127,14 @@ def rotary_factors(angle: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Head vectors [..., head_dim] turned by `rotary` [2, ..., head_dim], in float32, cast back.
+    """Head vectors [..., head_dim] turned by `rotary` [2, ..., head_dim], cast back.
 
     x · cos + (x with its pairs swapped) · signed sin. Rotation is bound by memory traffic, so no
     term gets a float32 copy of its own: the cast is left to type promotion, the sign to the table.
     """
-    cos, sin = rotary
+    cos, sin = rotary.unbind()
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    if rotary.dtype == torch.bfloat16:
+        # Each product is rounded, as in the reference; a fused one would round but once.
+        return (x * cos + swapped * sin).to(x.dtype)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
