@@ -36,7 +36,7 @@ from pipeline.data.loader import make_loader
 from pipeline.data.order import OrderSpec, Purpose, clip_ref, random_units
 from pipeline.data.sampling import clip_times
 from pipeline.data.settings import DataConfig, Source
-from pipeline.masks.blocks import REFERENCE_MASKS
+from pipeline.masks.blocks import MaskConfig
 from pipeline.masks.collate import collate_plan
 
 SEED = 1
@@ -108,7 +108,7 @@ def _plans(num_clips: int, frames: int, resolution: int) -> tuple[MicroBatchPlan
             frames=frames,
             fps=FPS,
             resolution=resolution,
-            masks=REFERENCE_MASKS,
+            masks=MaskConfig(),
             grid=grid,
         )
         for number in range(num_clips // MICRO_BATCH)

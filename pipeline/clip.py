@@ -88,6 +88,14 @@ class MaskSet:
     target_lengths: tuple[int, ...] | None = None
     """Tokens of each row of `target_BK`, known to the host; None if all rows are full."""
 
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """(context, target) tokens of each clip, without asking the device."""
+        num_clips, context = self.context_BK.shape
+        target = self.target_BK.shape[1]
+        contexts = self.context_lengths or (context,) * num_clips
+        targets = self.target_lengths or (target,) * num_clips
+        return tuple(zip(contexts, targets, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipBatch:
@@ -137,7 +145,7 @@ class ClipBatch:
 class MicroBatchPlan:
     """One micro-batch before it exists: which positions, and the size of its clips.
 
-    `masks` holds `BlockMask` sections; their room stands above this one, which passes them on
+    `masks` is a `MaskConfig` section; its room stands above this one, which passes it on
     without looking inside.
     """
 
@@ -150,7 +158,7 @@ class MicroBatchPlan:
     frames: int
     fps: float
     resolution: int
-    masks: tuple[Any, ...]
+    masks: Any
     grid: Grid
 
     @property

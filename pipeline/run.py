@@ -13,13 +13,16 @@ from pipeline.clip import Grid
 from pipeline.config.section import Section
 from pipeline.data.stream import DataConfig
 from pipeline.limits import GuardsConfig, StopConfig
-from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask, check_masks
+from pipeline.masks.blocks import MaskConfig, check_masks
+from pipeline.masks.kept import expected_kept
 from pipeline.models.attention import AttentionConfig
 from pipeline.objectives import AnyObjectiveConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.schedule import cosine, learning_rate
-from pipeline.stages import Stage, place_of_step, total_steps
+from pipeline.stages import Recompute, Stage, place_of_step, total_steps
 from pipeline.track.metrics import StageCost, TrackConfig
+
+_COST_MICRO_BATCHES = 16
 
 
 class ZeroConfig(Section):
@@ -31,6 +34,9 @@ class ZeroConfig(Section):
     """Parameters up to this many elements stay whole on every rank under stage 3."""
     prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
     """Elements that stage 3 gathers ahead of their use."""
+    reduce_bucket_size: int = Field(default=50_000_000, ge=1)
+    """Elements of gradient that are summed over the ranks at once: smaller ones begin earlier
+    beside the backward pass and take less memory, larger ones use the network better."""
 
 
 class RunConfig(Section):
@@ -48,8 +54,8 @@ class RunConfig(Section):
     """Numbers that networks compute in; optimiser state and teacher average are always fp32."""
     stages: tuple[Stage, ...] = Field(min_length=1, strict=False)
     """What is trained one after the other: clip length, rate, size and learning rate of each."""
-    masks: tuple[BlockMask, ...] = Field(default=REFERENCE_MASKS, strict=False)
-    """Masks of every clip, for stages that name none of their own."""
+    masks: MaskConfig = MaskConfig()
+    """Masks of every clip and the rule that cuts them; stages may have their own."""
     init_from: Path | None = None
     """Start from these weights with a fresh optimiser: a run, a checkpoint, what `jepa ckpt import`
     made, or a folder of transformers. Sizes must agree. A resumed run does not read it again."""
@@ -63,9 +69,12 @@ class RunConfig(Section):
     """How weights and optimiser state are spread over the ranks."""
     attention: AttentionConfig = AttentionConfig()
     """Attention kernel and position encoding."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about
-    a third more time."""
+    activation_checkpointing: Recompute = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, up to
+    a third more time; `auto` does so in as many blocks as each stage's memory asks for."""
+    compile: bool = False
+    """Compile every block with torch.compile: faster on GPUs, for a minute or so at a stage's
+    first steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written and which are kept."""
     track: TrackConfig = TrackConfig()
@@ -85,7 +94,7 @@ class RunConfig(Section):
             raise ValueError(f"two stages are called {', '.join(twice)}: give each its own name")
         for stage in self.stages:
             grid = self.objective.grid(stage.frames, stage.resolution)
-            check_masks(self.masks if stage.masks is None else stage.masks, grid)
+            check_masks(self.masks_of(stage).blocks, grid)
             if self.global_batch % stage.micro_batch:
                 raise ValueError(
                     f"global_batch {self.global_batch} is not a multiple of stage {stage.name}'s "
@@ -107,6 +116,15 @@ class RunConfig(Section):
         """Tokens of a clip."""
         return self.objective.grid(frames, resolution)
 
+    def masks_of(self, stage: Stage) -> MaskConfig:
+        """The masks of a stage: the run's, with what the stage has of its own."""
+        return stage.masks_over(self.masks)
+
+    def recompute(self, stage: Stage) -> Recompute:
+        """Activation checkpointing of a stage."""
+        own = stage.activation_checkpointing
+        return self.activation_checkpointing if own is None else own
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of a 1-based step."""
         place = place_of_step(self.stages, step)
@@ -122,9 +140,8 @@ class RunConfig(Section):
 
     def _stage_cost(self, stage: Stage) -> StageCost:
         grid = self.grid(stage.frames, stage.resolution)
-        masks = self.masks if stage.masks is None else stage.masks
-        # Only ratios between stages count, so what the reference's masks keep on average will do:
-        # a quarter of the tokens as context, six tenths as targets.
-        kept = [(0.25 * grid.num_tokens, 0.6 * grid.num_tokens)] * len(masks)
+        # Only ratios between stages count: a few micro-batches tell them well enough.
+        drawn = expected_kept(self.masks_of(stage), grid, stage.micro_batch, _COST_MICRO_BATCHES)
+        kept = [(mask.context, mask.target) for mask in drawn]
         flops = self.objective.training_flops(grid, kept) * self.global_batch
         return StageCost(name=stage.name, steps=stage.steps, flops_per_step=flops)

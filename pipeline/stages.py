@@ -7,15 +7,18 @@ resume inside a stage or at its border needs the step and nothing else.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from pipeline.clip import Grid, MicroBatchPlan
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
-from pipeline.masks.blocks import BlockMask
+from pipeline.masks.blocks import MaskConfig, StageMasks
 from pipeline.schedule import LearningRate
+
+Recompute: TypeAlias = bool | Literal["auto"]
+"""Which blocks compute their activations again: all, none, or as many as memory asks for."""
 
 
 class Stage(Section):
@@ -32,17 +35,23 @@ class Stage(Section):
     resolution: int = Field(ge=1)
     """Height and width of a clip in pixels; a multiple of the encoder's patch_size."""
     micro_batch: int = Field(ge=1)
-    """Clips that one GPU handles at once; also a property of the recipe, because masks are cut
-    to the shortest of a micro-batch."""
+    """Clips that one GPU handles at once; with masks.truncate=min also a property of the recipe,
+    because masks are cut to the shortest of a micro-batch."""
     learning_rate: LearningRate
     """Learning rate over this stage's steps."""
-    masks: tuple[BlockMask, ...] | None = Field(default=None, strict=False)
-    """Masks of this stage; the run's masks if left out."""
+    masks: StageMasks | None = None
+    """Masks of this stage, where they are not the run's."""
+    activation_checkpointing: Recompute | None = None
+    """Activation checkpointing of this stage; the run's if left out."""
 
     @model_validator(mode="after")
     def _learning_rate_fits(self) -> Self:
         self.learning_rate.check(self.steps)
         return self
+
+    def masks_over(self, masks: MaskConfig) -> MaskConfig:
+        """The run's masks, with what this stage has of its own."""
+        return masks if self.masks is None else self.masks.over(masks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +114,7 @@ def micro_batch_plans(
     share: Share,
     first_step: int,
     last_step: int,
-    masks: Sequence[BlockMask],
+    masks: MaskConfig,
     grid_of: Callable[[int, int], Grid],
 ) -> Iterator[MicroBatchPlan]:
     """Every micro-batch of one rank, in the order in which it is trained on.
@@ -119,7 +128,7 @@ def micro_batch_plans(
         share: Global batch, rank and world size.
         first_step: 1-based step to begin with; a resume begins after the last one saved.
         last_step: Last step to plan, inclusive.
-        masks: The run's masks, for stages that have none of their own.
+        masks: The run's masks.
         grid_of: Tokens of a clip from (frames, resolution): `EncoderConfig.grid`.
 
     Raises:
@@ -140,7 +149,7 @@ def micro_batch_plans(
                 frames=stage.frames,
                 fps=stage.fps,
                 resolution=stage.resolution,
-                masks=tuple(masks) if stage.masks is None else stage.masks,
+                masks=stage.masks_over(masks),
                 grid=grid_of(stage.frames, stage.resolution),
             )
 

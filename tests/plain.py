@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.clip import ClipBatch, ClipRef, MicroBatchPlan, Progress
-from pipeline.masks.blocks import sample_masks
+from pipeline.masks.sample import sample_masks
 from pipeline.objectives import build_objective
 from pipeline.objectives.base import BuildOptions
 from pipeline.run import RunConfig

@@ -13,14 +13,14 @@ import webdataset as wds
 from pipeline.clip import Grid, MicroBatchPlan
 from pipeline.data.indexing import build_index
 from pipeline.data.layout import Sidecar
-from pipeline.masks.blocks import BlockMask
+from pipeline.masks.blocks import BlockMask, MaskConfig
 from pipeline.schedule import LearningRate
 from pipeline.stages import Share, Stage, micro_batch_plans
 
 FPS = 8
 WIDTH, HEIGHT = 64, 48
 GLOBAL_BATCH = 8
-MASKS = (BlockMask(num_blocks=2, spatial_scale=(0.3, 0.3)),)
+MASKS = MaskConfig(blocks=(BlockMask(num_blocks=2, spatial_scale=(0.3, 0.3)),))
 
 
 def render_video(seed: int, num_frames: int) -> bytes:

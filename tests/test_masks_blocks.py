@@ -14,15 +14,17 @@ from pipeline.errors import ConfigError
 from pipeline.masks.blocks import (
     REFERENCE_MASKS,
     BlockMask,
+    MaskConfig,
     block_size,
     check_masks,
-    sample_masks,
 )
+from pipeline.masks.sample import sample_masks
 
 torch.set_num_threads(1)
 
 GRID = Grid(t=8, h=16, w=16)
 SHORT, LONG = REFERENCE_MASKS
+MASKS = MaskConfig()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_mean_numbers_of_tokens_equal_those_measured_on_the_reference_sampler():
 
 def test_context_fraction_before_truncation_equals_the_reference():
     # A micro-batch of one clip is not truncated.
-    single = [sample_masks(REFERENCE_MASKS, GRID, 0, [position]) for position in range(600)]
+    single = [sample_masks(MASKS, GRID, 0, [position]) for position in range(600)]
     share = [np.mean([m[k].context_BK.shape[1] / 2048 for m in single]) for k in (0, 1)]
     # Published 0.380 and 0.190; standard error of 600 clips 0.004, tolerance 4 sigma.
     assert share == pytest.approx([0.380, 0.190], abs=0.016)
@@ -75,7 +77,7 @@ def test_context_fraction_before_truncation_equals_the_reference():
 )
 def test_context_and_target_are_disjoint_ascending_and_never_empty(sides, seed, first, num_clips):
     grid = Grid(t=sides[0], h=sides[1], w=sides[2])
-    for mask in sample_masks(REFERENCE_MASKS, grid, seed, range(first, first + num_clips)):
+    for mask in sample_masks(MASKS, grid, seed, range(first, first + num_clips)):
         for indices in (mask.context_BK, mask.target_BK):
             assert indices.shape[0] == num_clips
             assert indices.shape[1] >= 1
@@ -88,7 +90,7 @@ def test_context_and_target_are_disjoint_ascending_and_never_empty(sides, seed, 
 
 def test_truncation_keeps_the_lowest_indices_of_each_clip():
     # Same first position, so the same block size: the clips' own places give the full sets.
-    batch = sample_masks([LONG], GRID, 5, range(40, 52))[0]
+    batch = sample_masks(MaskConfig(blocks=(LONG,)), GRID, 5, range(40, 52))[0]
     full = [_full_context(LONG, seed=5, first=40, position=p) for p in range(40, 52)]
     shortest = min(len(context) for context in full)
     assert batch.context_BK.tolist() == [context[:shortest] for context in full]
@@ -96,7 +98,7 @@ def test_truncation_keeps_the_lowest_indices_of_each_clip():
 
 
 def test_tubes_cover_the_same_places_in_every_time_step():
-    mask = sample_masks([SHORT], GRID, 3, [77])[0]
+    mask = sample_masks(MaskConfig(blocks=(SHORT,)), GRID, 3, [77])[0]
     is_context = torch.zeros(GRID.num_tokens, dtype=torch.bool)
     is_context[mask.context_BK[0]] = True
     is_context_TN = is_context.view(GRID.t, -1)
@@ -111,13 +113,13 @@ def test_masks_depend_on_seed_position_and_mask_index_and_nothing_else():
     assert _same(first, _draw(seed=7, number=3))
     assert not _same(first, _draw(seed=8, number=3))
     assert not _same(first, _draw(seed=7, number=4))
-    twins = sample_masks([SHORT, SHORT], GRID, 7, range(8))
+    twins = sample_masks(MaskConfig(blocks=(SHORT, SHORT)), GRID, 7, range(8))
     assert not _same(twins[:1], twins[1:])
 
 
 def test_masks_of_a_fixed_seed_never_change():
     # A resume by a later version has to draw what this one drew.
-    mask = sample_masks([SHORT], Grid(t=2, h=4, w=4), 239, [0, 1])[0]
+    mask = sample_masks(MaskConfig(blocks=(SHORT,)), Grid(t=2, h=4, w=4), 239, [0, 1])[0]
     assert mask.context_BK.tolist() == [
         [0, 1, 2, 3, 4, 5, 11, 12, 16, 17, 18, 19],
         [0, 4, 8, 9, 14, 15, 16, 20, 24, 25, 30, 31],
@@ -133,7 +135,7 @@ def test_neighbouring_seeds_positions_and_masks_place_their_blocks_independently
     patterns = [
         mask.context_BK[0].tolist()
         for seed, position in itertools.product(range(6), range(6))
-        for mask in sample_masks([SHORT, SHORT], GRID, seed, [position])
+        for mask in sample_masks(MaskConfig(blocks=(SHORT, SHORT)), GRID, seed, [position])
     ]
     assert len({tuple(pattern) for pattern in patterns}) == len(patterns)
 
@@ -143,7 +145,7 @@ def test_block_corners_are_uniform_over_all_places_inclusive():
     grid = Grid(t=1, h=4, w=4)
     counts = np.zeros((3, 3))
     for position in range(1800):
-        target = sample_masks([config], grid, 0, [position])[0].target_BK[0]
+        target = sample_masks(MaskConfig(blocks=(config,)), grid, 0, [position])[0].target_BK[0]
         counts[int(target[0]) // 4, int(target[0]) % 4] += 1
     # 9 corners, 200 expected each; sigma is 13.3, so 4 sigma.
     assert counts == pytest.approx(200, abs=54)
@@ -151,10 +153,10 @@ def test_block_corners_are_uniform_over_all_places_inclusive():
 
 def test_time_after_max_temporal_keep_is_never_context():
     config = BlockMask(num_blocks=2, spatial_scale=(0.3, 0.3), max_temporal_keep=0.5)
-    mask = sample_masks([config], GRID, 0, range(6))[0]
+    mask = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, range(6))[0]
     assert int(mask.context_BK.max()) < 4 * 256
     last_half = torch.arange(4 * 256, 8 * 256)
-    single = sample_masks([config], GRID, 0, [0])[0]
+    single = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, [0])[0]
     assert torch.isin(last_half, single.target_BK[0]).all()
 
 
@@ -162,7 +164,7 @@ def test_partial_blocks_in_time_start_anywhere_and_stay_inside():
     config = BlockMask(num_blocks=1, spatial_scale=(0.2, 0.2), temporal_scale=(0.5, 0.5))
     starts = set()
     for position in range(60):
-        target = sample_masks([config], GRID, 0, [position])[0].target_BK[0]
+        target = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, [position])[0].target_BK[0]
         steps = (target // 256).unique()
         assert len(steps) == 4
         starts.add(int(steps[0]))
@@ -172,7 +174,7 @@ def test_partial_blocks_in_time_start_anywhere_and_stay_inside():
 def test_a_clip_without_context_is_drawn_again():
     # Two blocks of 3×4 tokens on 4×4 cover everything in half of all draws.
     config = BlockMask(num_blocks=2, spatial_scale=(0.7, 0.7), aspect_ratio=(0.75, 0.75))
-    mask = sample_masks([config], Grid(t=2, h=4, w=4), 0, range(64))[0]
+    mask = sample_masks(MaskConfig(blocks=(config,)), Grid(t=2, h=4, w=4), 0, range(64))[0]
     assert mask.context_BK.shape == (64, 8)
 
 
@@ -190,7 +192,7 @@ def test_a_clip_without_context_is_drawn_again():
 )
 def test_impossible_masks_are_named_with_the_grid_and_a_remedy(config, side, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        sample_masks([config], Grid(t=2, h=side, w=side), 0, range(4))
+        sample_masks(MaskConfig(blocks=(config,)), Grid(t=2, h=side, w=side), 0, range(4))
     assert "mask 0" in str(caught.value)
     assert "spatial_scale" in caught.value.remedy
 
@@ -221,7 +223,7 @@ def test_wrong_mask_sections_are_refused(values):
 
 def _draw(*, seed: int, number: int, num_clips: int = 24) -> tuple[MaskSet, ...]:
     first = number * num_clips
-    return sample_masks(REFERENCE_MASKS, GRID, seed, range(first, first + num_clips))
+    return sample_masks(MASKS, GRID, seed, range(first, first + num_clips))
 
 
 def _same(one: tuple[MaskSet, ...], other: tuple[MaskSet, ...]) -> bool:
@@ -237,6 +239,6 @@ def _full_context(config: BlockMask, *, seed: int, first: int, position: int) ->
     The blocks are tubes, and truncation never reaches the first time step, so what the target
     covers there is what it covers everywhere.
     """
-    pair = sample_masks([config], GRID, seed, [first, position])[0]
+    pair = sample_masks(MaskConfig(blocks=(config,)), GRID, seed, [first, position])[0]
     covered = {index for index in pair.target_BK[1].tolist() if index < 256}
     return [index for index in range(GRID.num_tokens) if index % 256 not in covered]

@@ -5,12 +5,14 @@ import torch
 
 from pipeline.clip import Clip, ClipRef, Grid, MicroBatchPlan, SampleFault
 from pipeline.errors import DataError
-from pipeline.masks.blocks import REFERENCE_MASKS, sample_masks
+from pipeline.masks.blocks import REFERENCE_MASKS, MaskConfig
 from pipeline.masks.collate import collate, collate_plan
+from pipeline.masks.sample import sample_masks
 
 torch.set_num_threads(1)
 
 GRID = Grid(t=2, h=4, w=4)
+MASKS = MaskConfig()
 
 
 def _clip(position: int, **values) -> Clip:
@@ -20,7 +22,7 @@ def _clip(position: int, **values) -> Clip:
     return Clip(ref=ref, key=f"clip-{position}", **{"video_CTHW": fill, "times": times, **values})
 
 
-def _collate(clips: list[Clip], masks=REFERENCE_MASKS):
+def _collate(clips: list[Clip], masks=MASKS):
     return collate(clips, step=3, stage=1, grid=GRID, masks=masks, seed=5)
 
 
@@ -38,15 +40,13 @@ def test_clips_are_stacked_in_order_with_their_dtypes():
 
 def test_masks_are_those_of_the_positions():
     batch = _collate([_clip(10), _clip(11)])
-    for ours, drawn in zip(
-        batch.masks, sample_masks(REFERENCE_MASKS, GRID, 5, [10, 11]), strict=True
-    ):
+    for ours, drawn in zip(batch.masks, sample_masks(MASKS, GRID, 5, [10, 11]), strict=True):
         assert torch.equal(ours.context_BK, drawn.context_BK)
         assert torch.equal(ours.target_BK, drawn.target_BK)
 
 
 def test_an_objective_without_masks_gets_none():
-    assert _collate([_clip(0)], masks=()).masks == ()
+    assert _collate([_clip(0)], masks=MaskConfig(blocks=())).masks == ()
 
 
 def test_text_of_some_clips_is_kept_with_none_for_the_others():
@@ -95,11 +95,11 @@ def test_clips_of_unequal_shape_are_named(name, values):
 def test_a_plan_is_collated_with_its_own_step_stage_grid_and_masks():
     plan = MicroBatchPlan(
         step=9, stage=2, first_position=6, size=2, frames=4, fps=4.0, resolution=64,
-        masks=REFERENCE_MASKS[:1], grid=GRID,
+        masks=MaskConfig(blocks=REFERENCE_MASKS[:1]), grid=GRID,
     )  # fmt: skip
     batch = collate_plan([_clip(position) for position in plan.positions], plan, 5)
     assert (batch.step, batch.stage, batch.first_position, len(batch.masks)) == (9, 2, 6, 1)
     assert torch.equal(
         batch.masks[0].context_BK,
-        sample_masks(REFERENCE_MASKS[:1], GRID, 5, plan.positions)[0].context_BK,
+        sample_masks(plan.masks, GRID, 5, plan.positions)[0].context_BK,
     )

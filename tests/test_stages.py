@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from pipeline.clip import Grid
 from pipeline.errors import ConfigError
-from pipeline.masks.blocks import REFERENCE_MASKS, BlockMask
+from pipeline.masks.blocks import BlockMask, MaskConfig, StageMasks
 from pipeline.schedule import LearningRate
 from pipeline.stages import (
     Share,
@@ -37,7 +37,7 @@ STAGES = (_stage("a", 3, 4), _stage("bb", 1, 2, frames=8), _stage("ccc", 5, 1, f
 
 def _plans(rank: int, world_size: int, first: int = 1, last: int = 9, stages=STAGES):
     share = Share(global_batch=8, rank=rank, world_size=world_size)
-    return list(micro_batch_plans(stages, share, first, last, REFERENCE_MASKS, _grid))
+    return list(micro_batch_plans(stages, share, first, last, MaskConfig(), _grid))
 
 
 def test_each_step_belongs_to_one_stage_with_its_own_count():
@@ -81,12 +81,12 @@ def test_a_resume_in_a_stage_or_at_its_border_plans_the_rest_of_the_run(first):
 
 def test_a_plan_carries_its_stage_size_masks_and_grid():
     own = (BlockMask(num_blocks=1, spatial_scale=(0.5, 0.5)),)
-    stages = (STAGES[0], _stage("bb", 2, 4, frames=8, masks=own))
+    stages = (STAGES[0], _stage("bb", 2, 4, frames=8, masks=StageMasks(blocks=own)))
     first, second = _plans(0, 2, 3, 4, stages)
     assert (first.stage, first.frames, first.resolution, first.size) == (0, 4, 32, 4)
-    assert (first.masks, first.grid) == (REFERENCE_MASKS, Grid(t=2, h=2, w=2))
+    assert (first.masks, first.grid) == (MaskConfig(), Grid(t=2, h=2, w=2))
     assert (second.stage, second.frames, second.resolution, second.fps) == (1, 8, 64, 4.0)
-    assert (second.masks, second.grid) == (own, Grid(t=4, h=4, w=4))
+    assert (second.masks, second.grid) == (MaskConfig(blocks=own), Grid(t=4, h=4, w=4))
     assert second.first_position == 3 * 8
 
 

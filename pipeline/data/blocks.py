@@ -7,7 +7,7 @@ ever waits: if none is free, the worker takes fresh memory, and torch frees it a
 
 import math
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,7 +69,7 @@ class Sent:
         """Small tensors travel inside the message: a file descriptor for each costs more."""
         small = {name: getattr(self.batch, name) for name in _SMALL}
         arrays = {name: tensor.numpy() for name, tensor in small.items() if tensor is not None}
-        masks = [(mask.context_BK.numpy(), mask.target_BK.numpy()) for mask in self.batch.masks]
+        masks = [_as_arrays(mask) for mask in self.batch.masks]
         rest = replace(self.batch, masks=(), **dict.fromkeys(_SMALL))
         return _received, (rest, arrays, masks, self.place)
 
@@ -174,15 +174,21 @@ class Returns:
 def _received(
     rest: ClipBatch,
     arrays: dict[str, np.ndarray],
-    masks: list[tuple[np.ndarray, np.ndarray]],
+    masks: list[dict[str, Any]],
     place: BlockPlace | None,
 ) -> Sent:
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    tensors["masks"] = tuple(
-        MaskSet(context_BK=torch.from_numpy(context), target_BK=torch.from_numpy(target))
-        for context, target in masks
-    )
+    tensors["masks"] = tuple(MaskSet(**_as_tensors(mask)) for mask in masks)
     return Sent(batch=replace(rest, **tensors), place=place)
+
+
+def _as_arrays(mask: MaskSet) -> dict[str, Any]:
+    values = {field.name: getattr(mask, field.name) for field in fields(mask)}
+    return {n: v.numpy() if isinstance(v, Tensor) else v for n, v in values.items()}
+
+
+def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
+    return {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
 
 
 def _shared(num_bytes: int) -> torch.UntypedStorage:

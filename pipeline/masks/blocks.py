@@ -1,31 +1,27 @@
-"""The two multi-block masks of V-JEPA 2, as pure functions of (seed, position).
+"""Multi-block masks: their settings, the size of their blocks and where those are placed.
 
-The algorithm is the reference's (arXiv 2506.09985 and its released code): the blocks of one mask
-share one size in the whole micro-batch, every clip places them on its own, everything they cover
-is the target, the rest is the context, and both are cut to the shortest of the micro-batch by
-keeping the lowest token indices. Only the randomness differs: the reference draws from counters
-and worker-global generators, so its masks change with the number of workers and after a resume.
+What blocks cover is the target, the rest is the context (arXiv 2506.09985 and its released code).
+How many tokens of either are used is up to `sample`.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.clip import Grid, MaskSet
+from pipeline.clip import Grid
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 
-# Keep draws made for different purposes apart when seed, position and mask index are equal.
-_SIZE_STREAM = 1
-_PLACE_STREAM = 2
+Truncate = Literal["min", "fixed", "none"]
+BlockSize = tuple[int, int, int]
 
 # Blocks that leave a context once in a hundred draws still fail here only once in 10^4 clips;
 # the reference would redraw for ever.
-_MAX_REDRAWS = 1000
+MAX_REDRAWS = 1000
 
 
 class BlockMask(Section):
@@ -60,46 +56,116 @@ REFERENCE_MASKS: tuple[BlockMask, BlockMask] = (
 """The short-range and the long-range mask of every released V-JEPA 2 configuration."""
 
 
-def sample_masks(
-    configs: Sequence[BlockMask], grid: Grid, seed: int, positions: Sequence[int]
-) -> tuple[MaskSet, ...]:
-    """Draw every mask for the clips of one micro-batch.
-
-    The size of a mask's blocks depends on (seed, first position, mask index), the places of a
-    clip's blocks on (seed, its position, mask index); so the same micro-batch has the same masks
-    at any world size, worker count and number of restarts.
-
-    Args:
-        configs: The masks, in the order in which they are returned.
-        grid: Tokens of a clip along time, height and width.
-        seed: The run's seed, not negative.
-        positions: Global positions of the micro-batch's clips.
-
-    Returns:
-        One `MaskSet` per mask; int64 indices, ascending, context and target disjoint.
-
-    Raises:
-        ConfigError: The blocks leave no context or cover no token on this grid.
-    """
-    return tuple(
-        _sample_mask(config, grid, seed, positions, index) for index, config in enumerate(configs)
-    )
+def _list_means_blocks(value: Any) -> Any:
+    return {"blocks": value} if isinstance(value, list | tuple) else value
 
 
-def block_size(config: BlockMask, grid: Grid, seed: int) -> tuple[int, int, int]:
-    """Size (t, h, w) in tokens of one mask's blocks.
+class MaskConfig(Section):
+    """The masks of every clip; a bare list of masks means `blocks`."""
+
+    truncate: Truncate = "min"
+    """What happens to tokens so that the clips of a micro-batch keep equally many: `min` cuts all
+    to the shortest of the micro-batch and keeps the earliest tokens (the reference's rule, which
+    hides the end of clips and depends on micro_batch); `fixed` keeps a constant number for each
+    mask and stage, dropped at random over the whole clip; `none` keeps all tokens."""
+    blocks: tuple[BlockMask, ...] = Field(default=REFERENCE_MASKS, strict=False)
+    """The masks, each of which is predicted on its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return _list_means_blocks(value)
+
+
+class StageMasks(Section):
+    """What a stage's masks have of their own; the rest is the run's."""
+
+    truncate: Truncate | None = None
+    """Rule of this stage; the run's if left out."""
+    blocks: tuple[BlockMask, ...] | None = Field(default=None, strict=False)
+    """Masks of this stage; the run's if left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return _list_means_blocks(value)
+
+    def over(self, masks: MaskConfig) -> MaskConfig:
+        """The run's masks with what this stage has of its own."""
+        return MaskConfig(
+            truncate=masks.truncate if self.truncate is None else self.truncate,
+            blocks=masks.blocks if self.blocks is None else self.blocks,
+        )
+
+
+def block_size(config: BlockMask, grid: Grid, seed: int) -> BlockSize:
+    """Size (t, h, w) in tokens of one mask's blocks, as the reference draws it from a seed.
 
     Three uniforms, always drawn in this order from a torch CPU generator seeded with `seed`:
     temporal scale, spatial scale, aspect ratio. Height or width can come out as 0 on a grid too
-    small for the scale; `sample_masks` and `check_masks` refuse that.
+    small for the scale; `check_size` and `check_masks` refuse that.
     """
     generator = torch.Generator().manual_seed(seed)
-    temporal, spatial, aspect = (torch.rand(1, generator=generator).item() for _ in range(3))
+    units = [torch.rand(1, generator=generator).item() for _ in range(3)]
+    return size_of_units(config, grid, units)
+
+
+def size_of_units(config: BlockMask, grid: Grid, units: Sequence[float]) -> BlockSize:
+    """Size (t, h, w) from uniforms in [0, 1) for temporal scale, spatial scale, aspect ratio."""
     return _size(
         grid,
-        temporal=_between(config.temporal_scale, temporal),
-        spatial=_between(config.spatial_scale, spatial),
-        aspect=_between(config.aspect_ratio, aspect),
+        temporal=_between(config.temporal_scale, units[0]),
+        spatial=_between(config.spatial_scale, units[1]),
+        aspect=_between(config.aspect_ratio, units[2]),
+    )
+
+
+def uniforms(numbers: np.random.Philox, count: int) -> np.ndarray:
+    """Uniforms in [0, 1), float64.
+
+    Built from Philox's raw numbers, which numpy keeps stable between versions; the methods of
+    its Generator are not, and a resumed run must see the same masks.
+    """
+    return (numbers.random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
+def place_blocks(
+    config: BlockMask, grid: Grid, size: BlockSize, numbers: np.random.Philox
+) -> np.ndarray:
+    """Context of one clip after one draw of its blocks' places, bool [t, h, w]; may be empty."""
+    t, h, w = size
+    # Order of the draws per block, as in the reference: top, left, start.
+    choices = np.array((grid.h - h + 1, grid.w - w + 1, grid.t - t + 1))
+    corners = uniforms(numbers, config.num_blocks * 3).reshape(-1, 3) * choices
+    is_context = np.ones((grid.t, grid.h, grid.w), dtype=bool)
+    for top, left, start in corners.astype(np.int64).tolist():
+        is_context[start : start + t, top : top + h, left : left + w] = False
+    is_context[max(1, int(grid.t * config.max_temporal_keep)) :] = False
+    return is_context
+
+
+def draw_context(
+    config: BlockMask, grid: Grid, size: BlockSize, numbers: np.random.Philox, index: int
+) -> np.ndarray:
+    """Context of one clip, bool [N]; drawn again while it is empty, as in the reference.
+
+    Raises:
+        ConfigError: It stays empty; `index` names the mask.
+    """
+    for _ in range(MAX_REDRAWS):
+        is_context = place_blocks(config, grid, size, numbers)
+        if is_context.any():
+            return is_context.ravel()
+    raise no_context(config, grid, size, index)
+
+
+def no_context(config: BlockMask, grid: Grid, size: BlockSize, index: int) -> ConfigError:
+    """What to say when no draw has given the tokens that are needed."""
+    t, h, w = size
+    return ConfigError(
+        f"mask {index}: {config.num_blocks} blocks of {t}×{h}×{w} tokens left no context in "
+        f"{MAX_REDRAWS} draws on a grid of {_text(grid)} tokens (time × height × width)",
+        remedy="Lower num_blocks or spatial_scale of this mask, or raise the stage's resolution.",
     )
 
 
@@ -115,70 +181,10 @@ def check_masks(configs: Sequence[BlockMask], grid: Grid) -> None:
                 for spatial in config.spatial_scale:
                     aspect = _between(config.aspect_ratio, float(unit))
                     size = _size(grid, temporal=temporal, spatial=spatial, aspect=aspect)
-                    _check_size(config, grid, size, index)
+                    check_size(config, grid, size, index)
 
 
-def _sample_mask(
-    config: BlockMask, grid: Grid, seed: int, positions: Sequence[int], index: int
-) -> MaskSet:
-    size_seed = np.random.SeedSequence((_SIZE_STREAM, seed, index, positions[0]))
-    # A torch seed is a signed 64-bit number; the CPU generator uses its lower 32 bits.
-    size = block_size(config, grid, int(size_seed.generate_state(1, np.uint32)[0]))
-    _check_size(config, grid, size, index)
-    contexts: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    for position in positions:
-        places = np.random.Philox(np.random.SeedSequence((_PLACE_STREAM, seed, index, position)))
-        is_context_N = _draw_clip(config, grid, size, places, index)
-        contexts.append(np.flatnonzero(is_context_N))
-        targets.append(np.flatnonzero(~is_context_N))
-    return MaskSet(context_BK=_stack_shortest(contexts), target_BK=_stack_shortest(targets))
-
-
-def _draw_clip(
-    config: BlockMask,
-    grid: Grid,
-    size: tuple[int, int, int],
-    places: np.random.Philox,
-    index: int,
-) -> np.ndarray:
-    """Context of one clip, bool [N]; redrawn while it is empty."""
-    t, h, w = size
-    # Order of the draws per block, as in the reference: top, left, start.
-    choices = np.array((grid.h - h + 1, grid.w - w + 1, grid.t - t + 1))
-    first_target_step = max(1, int(grid.t * config.max_temporal_keep))
-    for _ in range(_MAX_REDRAWS):
-        is_context = np.ones((grid.t, grid.h, grid.w), dtype=bool)
-        for top, left, start in _draw_places(places, config.num_blocks, choices):
-            is_context[start : start + t, top : top + h, left : left + w] = False
-        is_context[first_target_step:] = False
-        if is_context.any():
-            return is_context.ravel()
-    raise ConfigError(
-        f"mask {index}: {config.num_blocks} blocks of {t}×{h}×{w} tokens left no context in "
-        f"{_MAX_REDRAWS} draws on a grid of {_text(grid)} tokens (time × height × width)",
-        remedy="Lower num_blocks or spatial_scale of this mask, or raise the stage's resolution.",
-    )
-
-
-def _draw_places(places: np.random.Philox, num_blocks: int, choices: np.ndarray) -> np.ndarray:
-    """Corners of blocks, int [num_blocks, 3], each uniform in 0 … choices − 1.
-
-    Built from Philox's raw numbers, which numpy keeps stable between versions; the methods of
-    its Generator are not, and a resumed run must see the same masks.
-    """
-    raw = places.random_raw(num_blocks * 3).reshape(num_blocks, 3)
-    unit = (raw >> np.uint64(11)) * 2.0**-53
-    return (unit * choices).astype(np.int64)
-
-
-def _stack_shortest(indices: list[np.ndarray]) -> torch.Tensor:
-    """Keep the lowest indices of every clip, as many as the shortest has; int64 [B, K]."""
-    shortest = min(len(clip) for clip in indices)
-    return torch.from_numpy(np.stack([clip[:shortest] for clip in indices]))
-
-
-def _size(grid: Grid, *, temporal: float, spatial: float, aspect: float) -> tuple[int, int, int]:
+def _size(grid: Grid, *, temporal: float, spatial: float, aspect: float) -> BlockSize:
     num_tokens = int(grid.h * grid.w * spatial)
     return (
         max(1, int(grid.t * temporal)),
@@ -187,7 +193,12 @@ def _size(grid: Grid, *, temporal: float, spatial: float, aspect: float) -> tupl
     )
 
 
-def _check_size(config: BlockMask, grid: Grid, size: tuple[int, int, int], index: int) -> None:
+def check_size(config: BlockMask, grid: Grid, size: BlockSize, index: int) -> None:
+    """Refuse a size that covers no token or leaves no context.
+
+    Raises:
+        ConfigError: It does; `index` names the mask.
+    """
     if 0 in size:
         raise ConfigError(
             f"mask {index}: a block of spatial_scale {list(config.spatial_scale)} is smaller than "

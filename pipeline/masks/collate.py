@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pipeline.clip import Clip, ClipBatch, Grid, MicroBatchPlan
 from pipeline.errors import DataError
-from pipeline.masks.blocks import BlockMask, sample_masks
+from pipeline.masks.blocks import MaskConfig
+from pipeline.masks.sample import sample_masks
 
 
 def collate_plan(clips: Sequence[Clip], plan: MicroBatchPlan, seed: int) -> ClipBatch:
@@ -23,7 +24,7 @@ def collate(
     step: int,
     stage: int,
     grid: Grid,
-    masks: Sequence[BlockMask],
+    masks: MaskConfig,
     seed: int,
 ) -> ClipBatch:
     """Stack clips of consecutive positions and draw their masks.

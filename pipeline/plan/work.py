@@ -1,13 +1,16 @@
 """Tokens that masks keep, and the FLOPs of training on them; what networks there are."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from pipeline.clip import Grid
 from pipeline.errors import ConfigError
-from pipeline.masks.blocks import check_masks, sample_masks
+from pipeline.masks.blocks import check_masks
+from pipeline.masks.sample import sample_masks
 from pipeline.models.encoder import EncoderConfig
 from pipeline.models.predictor import PredictorConfig
 from pipeline.run import RunConfig
@@ -28,19 +31,20 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptTokens:
-    """Tokens per clip that one mask keeps in one micro-batch."""
+    """Tokens that one mask keeps of each clip of one micro-batch."""
 
-    context: int
-    target: int
+    contexts: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskTokens:
-    """Tokens one mask keeps, per clip, after truncation to the shortest of a micro-batch."""
+    """Tokens one mask keeps of a clip, after truncation by the masks' rule."""
 
     context_mean: float
     target_mean: float
     context_max: int
+    """Mean over the clips of the micro-batch that keeps most: what memory has to hold."""
     target_max: int
 
 
@@ -62,17 +66,10 @@ def networks_of(config: RunConfig) -> Networks:
 
 
 def mean_flops(config: RunConfig, grid: Grid, drawn: Sequence[Sequence[KeptTokens]]) -> float:
-    """Model FLOPs of training on one clip, averaged over the sampled micro-batches."""
-    return float(
-        np.mean(
-            [
-                config.objective.training_flops(
-                    grid, [(mask.context, mask.target) for mask in kept]
-                )
-                for kept in drawn
-            ]
-        )
-    )
+    """Model FLOPs of training on one clip, averaged over the clips of sampled micro-batches."""
+    # Attention costs the square of a length: clips of different lengths are counted one by one.
+    clips = chain.from_iterable(map(_by_clip, drawn))
+    return float(np.mean([config.objective.training_flops(grid, clip) for clip in clips]))
 
 
 def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTokens]]:
@@ -82,9 +79,9 @@ def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTok
         ConfigError: A mask does not fit the stage's grid.
     """
     stage = config.stages[stage_index]
-    masks = config.masks if stage.masks is None else stage.masks
+    masks = config.masks_of(stage)
     grid = config.grid(stage.frames, stage.resolution)
-    check_masks(masks, grid)
+    check_masks(masks.blocks, grid)
     first = total_steps(config.stages[:stage_index]) * config.global_batch
     num_micro_batches = stage.steps * config.global_batch // stage.micro_batch
     num_taken = min(num_micro_batches, _SAMPLED_MICRO_BATCHES)
@@ -94,8 +91,11 @@ def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTok
         positions = range(start, start + stage.micro_batch)
         drawn.append(
             [
-                KeptTokens(context=mask.context_BK.shape[1], target=mask.target_BK.shape[1])
-                for mask in sample_masks(masks, grid, config.seed, positions)
+                KeptTokens(contexts=contexts, targets=targets)
+                for contexts, targets in (
+                    zip(*mask.kept(), strict=True)
+                    for mask in sample_masks(masks, grid, config.seed, positions)
+                )
             ]
         )
     return drawn
@@ -105,10 +105,15 @@ def summarise(drawn: Sequence[Sequence[KeptTokens]]) -> tuple[MaskTokens, ...]:
     """Mean and largest numbers per mask."""
     return tuple(
         MaskTokens(
-            context_mean=float(np.mean([kept.context for kept in mask])),
-            target_mean=float(np.mean([kept.target for kept in mask])),
-            context_max=max(kept.context for kept in mask),
-            target_max=max(kept.target for kept in mask),
+            context_mean=float(np.mean([kept.contexts for kept in mask])),
+            target_mean=float(np.mean([kept.targets for kept in mask])),
+            context_max=max(math.ceil(np.mean(kept.contexts)) for kept in mask),
+            target_max=max(math.ceil(np.mean(kept.targets)) for kept in mask),
         )
         for mask in zip(*drawn, strict=True)
     )
+
+
+def _by_clip(kept: Sequence[KeptTokens]) -> Iterator[tuple[tuple[float, float], ...]]:
+    """(context, target) of all masks, clip by clip."""
+    return zip(*(zip(mask.contexts, mask.targets, strict=True) for mask in kept), strict=True)
