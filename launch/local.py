@@ -46,7 +46,7 @@ def start_ranks(
         ranks.extend(_start(arguments, rank, num_ranks, port) for rank in range(num_ranks))
         for number in forwarded:  # came while they were being started
             _send(ranks, number)
-        _wait(ranks)
+        _wait(ranks, run_dir)
     told = next((n for n in forwarded if all(p.returncode == -n for p in ranks)), None)
     if told is not None:
         # They had not begun to listen yet: nothing was saved and nothing is lost.
@@ -57,31 +57,29 @@ def start_ranks(
         status = ranks[rank].returncode
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
         print(f"rank {rank} {how}", file=sys.stderr)  # noqa: T201 - a launcher's word
-        if status < 0 and run_dir is not None and run_dir.is_dir():
-            # A killed rank has no time for a last word of its own.
-            _write_down(run_dir, rank, f"rank {rank} {how} ({signal.Signals(-status).name})")
         return code
     return max(_code(process) for process in ranks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m launch.local NUM_RANKS PORT RUN WORDS…`: what `jepa train --ranks N` becomes."""
+    """`python -m launch.local RANKS PORT RUN ARGUMENTS…`: what `jepa train --ranks N` becomes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     num_ranks, port, run_dir, words = int(words[0]), int(words[1]), Path(words[2]), words[3:]
     while True:
-        cli = ["-m", "pipeline.cli", *words]
-        code = start_ranks(cli, num_ranks=num_ranks, port=port, run_dir=run_dir)
+        code = start_ranks(words, num_ranks=num_ranks, port=port, run_dir=run_dir)
         if code != ExitCode.SAVED_RUN_AGAIN or pending(read_rewinds(run_dir)) is None:
             return code
         # The run itself asked to go back before a spike; how often it may is its own limit.
-        words = ["resume", str(run_dir)]
+        words = ["-m", "pipeline.cli", "resume", str(run_dir)]
 
 
-def _write_down(run_dir: Path, rank: int, reason: str) -> None:
+def _write_down(run_dir: Path, rank: int, number: int) -> None:
+    """A killed rank has no time for a last word of its own; rank 0 waits a moment for this one."""
     fault = RankFault(
         attempt=max(1, len(start_times(run_dir))),
         rank=rank,
-        reason=reason,
+        reason=f"rank {rank} was killed by signal {number} ({signal.Signals(number).name})",
+        kind="Killed",
         exit_code=ExitCode.PEER_LOST,
         told_by="launcher",
     )
@@ -104,11 +102,15 @@ def _start(
     return subprocess.Popen([sys.executable, *arguments], env=env, process_group=0)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], run_dir: Path | None) -> None:
     """Waits for all; after a first failure the rest get some time, then are ended."""
     deadline: float | None = None
     while any(process.poll() is None for process in ranks):
-        if deadline is None and _failure(ranks) is not None:
+        failure = _failure(ranks) if deadline is None else None
+        if failure is not None:
+            status = ranks[failure[0]].returncode
+            if status < 0 and run_dir is not None and run_dir.is_dir():
+                _write_down(run_dir, failure[0], -status)
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for process in ranks:

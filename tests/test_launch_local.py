@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import start_ranks
+from pipeline.track.faults import read_faults
 
 
 def rank_program(tmp_path: Path, text: str) -> list[str]:
@@ -44,18 +45,19 @@ def test_ranks_learn_their_place(tmp_path):
     assert (tmp_path / "1").read_text() == "1 1 2 2 4711"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_reaches_every_rank(tmp_path, number):
     text = (
         "folder = os.path.dirname(__file__)\n"
         "def stop(number, frame):\n"
         "    open(f'{folder}/got-{rank}', 'w').write(str(number)); sys.exit(75)\n"
-        "for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): signal.signal(n, stop)\n"
+        "for name in ('TERM', 'USR1', 'USR2', 'INT'):\n"
+        "    signal.signal(signal.Signals['SIG' + name], stop)\n"
         "open(f'{folder}/ready-{rank}', 'w').close()\n"
         "time.sleep(30)\n"
     )
     words = rank_program(tmp_path, text)
-    command = [sys.executable, "-m", "launch.local", "2", "1", *words]
+    command = [sys.executable, "-m", "launch.local", "2", "1", str(tmp_path / "run"), *words]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
@@ -67,10 +69,20 @@ def test_a_signal_reaches_every_rank(tmp_path, number):
 
 def test_a_signal_before_the_ranks_listen_is_told_as_a_shell_would(tmp_path):
     text = "open(f'{os.path.dirname(__file__)}/ready-{rank}', 'w').close()\ntime.sleep(30)\n"
-    command = [sys.executable, "-m", "launch.local", "2", "1", *rank_program(tmp_path, text)]
+    command = [sys.executable, "-m", "launch.local", "2", "1", str(tmp_path / "run")]
+    command += rank_program(tmp_path, text)
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_a_rank_that_was_killed_is_written_down_with_its_signal(tmp_path):
+    text = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(0.3)"
+    start_ranks(rank_program(tmp_path, text), num_ranks=2, port=1, run_dir=tmp_path)
+    (fault,) = read_faults(tmp_path)
+    assert (fault.rank, fault.exit_code, fault.told_by) == (1, 76, "launcher")
+    assert fault.reason == "rank 1 was killed by signal 9 (SIGKILL)"
+    assert not fault.is_echo

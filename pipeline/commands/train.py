@@ -134,7 +134,8 @@ def _run(config: RunConfig, launch: Launch, wish: Wish) -> ExitCode:
 def _become_launcher(config: RunConfig, ranks: int, words: list[str]) -> None:
     """Replaces this process by the launcher of the ranks, which keeps its process id."""
     run_dir, port = str(config.run_dir), str(free_port())
-    _replace_process(["-m", "launch.local", str(ranks), port, run_dir, *words])
+    command = ["-m", "launch.local", str(ranks), port, run_dir, "-m", "pipeline.cli", *words]
+    _replace_process(command)
 
 
 def _replace_process(arguments: list[str]) -> None:

@@ -175,14 +175,8 @@ def look(run_dir: Path) -> Held | None:
 def _make(folder: Path, token: int, me: Owner) -> Lease | None:
     """The lease of this number; None if another process was quicker."""
     path = folder / _name(token)
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
+    if not _create(path, json.dumps(asdict(me))):
         return None
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(asdict(me)))
-        file.flush()
-        os.fsync(file.fileno())
     tokens = _tokens(folder)
     if tokens[-1] != token:
         # We were asleep since we looked: others have come and gone.
@@ -191,6 +185,27 @@ def _make(folder: Path, token: int, me: Owner) -> Lease | None:
     for old in tokens[:-1]:
         (folder / _name(old)).unlink(missing_ok=True)
     return Lease(folder, token, me)
+
+
+def _create(path: Path, text: str) -> bool:
+    """Makes a file that did not exist, at once with its content; false if it does exist."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}")
+    temporary.write_text(text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # No hard links here: exclusive creation is as safe, only that a reader may see it empty.
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def _is_free(held: Held, me: Owner, stale_seconds: float) -> bool:
