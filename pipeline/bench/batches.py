@@ -4,9 +4,8 @@ from functools import partial
 
 import torch
 
-from pipeline.clip import ClipBatch, ClipRef, MicroBatchPlan
+from pipeline.clip import Clip, ClipBatch, ClipRef, MicroBatchPlan
 from pipeline.masks.collate import collate_plan
-from pipeline.clip import Clip
 from pipeline.run import RunConfig
 
 
