@@ -50,52 +50,6 @@ def test_a_commit_verifies_and_gives_back_what_was_written(tmp_path):
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == found.commit.path.name
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
-
-
-def limit_file_operations(monkeypatch, allowed: int) -> dict[str, int]:
-    """From now on the process is killed before operation number `allowed` of a save."""
-    calls = {"done": 0}
-
-    def counted(function):
-        def run(*arguments, **named):
-            if calls["done"] == allowed:
-                raise Killed
-            calls["done"] += 1
-            return function(*arguments, **named)
-
-        return run
-
-    for name in ("rename", "replace", "mkdir", "write_text"):
-        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
-    for name in ("sync_folder", "sha256_of"):
-        monkeypatch.setattr(save, name, counted(getattr(save, name)))
-    return calls
-
-
-def test_a_kill_at_any_file_operation_leaves_the_old_commit_or_the_new(tmp_path, monkeypatch):
-    commit(tmp_path / "counted", 1)
-    with monkeypatch.context() as patch:
-        calls = limit_file_operations(patch, allowed=-1)
-        commit(tmp_path / "counted", 2)
-    assert calls["done"] > 10
-    ends = []
-    for allowed in range(calls["done"]):
-        run = tmp_path / str(allowed)
-        commit(run, 1)
-        with monkeypatch.context() as patch:
-            limit_file_operations(patch, allowed)
-            with pytest.raises(Killed):
-                commit(run, 2)
-        found = find_commit(run)
-        assert not found.rejected
-        assert load_encoder_state(found.commit.path)["w"][0, 0] == found.commit.step
-        ends.append(found.commit.step)
-    assert ends == sorted(ends), "once the new commit is there, it stays"
-    assert set(ends) == {1, 2}
-
-
 @pytest.fixture(scope="module")
 def two_commits(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole")

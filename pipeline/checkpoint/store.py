@@ -38,7 +38,7 @@ class CommitStore:
         fs: Any  # fsspec is not typed
         with self._naming("open"):
             # Listings from memory would hide what other ranks have written since.
-            fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **_options(url))
         self._fs, self._root = fs, str(root).rstrip("/")
 
     def steps(self) -> list[int]:
@@ -153,3 +153,8 @@ class CommitStore:
                 f"Cannot {what} {self.url}: {words}",
                 remedy="Check the URL, its credentials and the network, then resume.",
             ) from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    # Object stores know no folders; a file system wants them made.
+    return {"auto_mkdir": True} if url.startswith("file:") else {}
