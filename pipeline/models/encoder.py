@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from pipeline.clip import Grid, MaskSet
@@ -59,6 +59,9 @@ class EncoderConfig(Section):
     """Edge of a token in pixels."""
     tubelet_size: int = Field(default=2, ge=1)
     """Frames that one token spans."""
+    levels: tuple[NonNegativeInt, ...] = ()
+    """0-based blocks whose outputs, each through a norm of its own, are learned together (V-JEPA
+    2.1: 5, 11, 17, 23 of 24); the last must be the last block. Empty: the last block alone."""
 
     @property
     def dims(self) -> ModelDims:
@@ -72,6 +75,11 @@ class EncoderConfig(Section):
             heads=self.heads or heads,
             mlp_hidden=self.mlp_hidden or hidden,
         )
+
+    @property
+    def levels_width(self) -> int:
+        """Channels of all levels together."""
+        return self.dims.width * max(1, len(self.levels))
 
     def grid(self, frames: int, resolution: int) -> Grid:
         """The token grid of a square clip.
@@ -96,6 +104,17 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         self.dims.check("encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        last = self.dims.depth - 1
+        if self.levels and (
+            list(self.levels) != sorted(set(self.levels)) or self.levels[-1] != last
+        ):
+            raise ValueError(
+                f"encoder levels must rise to the last block, {last}, got {list(self.levels)}"
+            )
         return self
 
 
@@ -151,13 +170,18 @@ class Encoder(Network):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.blocks = blocks(config.dims)
-        self.norm = LayerNorm(config.dims.width)
+        if config.levels:
+            self.norms_block = nn.ModuleList(LayerNorm(config.dims.width) for _ in config.levels)
+        else:
+            self.norm = LayerNorm(config.dims.width)
 
     def forward(
         self,
         video_BCTHW: Tensor,
         keep: Tensor | Sequence[MaskSet] | None = None,
         layers: tuple[int, ...] = (),
+        *,
+        levels: bool = False,
     ) -> Tensor | list[Tensor]:
         """Features of a clip's tokens, after the final norm.
 
@@ -176,15 +200,20 @@ class Encoder(Network):
             video_BCTHW: Normalised frames; cast to the weights' dtype.
             keep: Which tokens to encode: all of them if None, those of indices [B, K], or the
                 contexts of several masks. Each keeps the position of its index.
-            layers: 0-based blocks whose outputs are wanted, each put through the final norm.
+            layers: 0-based blocks whose outputs are wanted, each put through the final norm, or
+                the norm of its level if the encoder has levels.
+            levels: Give the features of all the encoder's levels, one after the other along the
+                channels: what its predictor takes, and what a teacher with levels teaches. The
+                plain call gives the last level alone, which is what evaluations use.
 
         Returns:
             [B, N, D] or [B, K, D], packed [P, D] for masks; with `layers` a list of those, in the
-            order of `layers`.
+            order of `layers`; with `levels` D is `config.levels_width`.
 
         Raises:
             ConfigError: The clip cannot be cut into whole tokens, or a layer is not there.
         """
+        wanted = self.config.levels if levels else layers
         self._check_layers(layers)
         grid = self.config.grid_of(*video_BCTHW.shape[2:])
         index, rows, packing = _wanted(keep, grid, video_BCTHW.device)
@@ -192,18 +221,31 @@ class Encoder(Network):
         x = self._place(x, index, grid)
         rotary = self._rotary(index, grid)
         route = Route(backend=self.backend, packing=packing)
-        x, taken = self._run(x, rotary, route, layers)
-        return [self.norm(taken[layer]) for layer in layers] if layers else self.norm(x)
+        x, taken = self._run(x, rotary, route, wanted)
+        if not wanted:
+            return self._norm_of(self.config.dims.depth - 1)(x)
+        outputs = [self._norm_of(layer)(taken[layer]) for layer in wanted]
+        return torch.cat(outputs, dim=-1) if levels else outputs
 
     def _stack(self) -> nn.ModuleList:
         return self.blocks
 
+    def _norm_of(self, layer: int) -> nn.Module:
+        levels = self.config.levels
+        return self.norms_block[levels.index(layer)] if levels else self.norm
+
     def _check_layers(self, layers: tuple[int, ...]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
-        if wrong:
+        there = self.config.levels or range(len(self.blocks))
+        if not set(layers) <= set(there):
+            names = (
+                f"among the levels {list(there)}"
+                if self.config.levels
+                else f"from 0 to {len(self.blocks) - 1}"
+            )
+            wrong = [layer for layer in layers if layer not in there]
             raise ConfigError(
-                f"expected encoder layers from 0 to {len(self.blocks) - 1}, got {wrong}",
-                remedy="Name 0-based layers that this encoder has.",
+                f"expected encoder layers {names}, got {wrong}",
+                remedy="Name 0-based layers that this encoder has a norm for.",
             )
 
 

@@ -41,6 +41,9 @@ class PredictorConfig(Section):
     mask_token_per_mask: bool = False
     """Each mask of a stage asks with a query vector of its own, as in V-JEPA 1; needs as many
     `num_mask_tokens` as masks."""
+    predict_context: bool = False
+    """Predict the features of the context tokens too, through a second output layer, as V-JEPA
+    2.1's dense loss needs."""
 
     @property
     def dims(self) -> ModelDims:
@@ -67,7 +70,9 @@ class Predictor(Network):
 
     Args:
         config: Size.
-        encoder_width: Width of the encoder's features, taken in and given back.
+        encoder_width: Width of the encoder.
+        levels: Levels of the encoder: their features come and go one after the other along the
+            channels. Several are taken in by a two-layer network (V-JEPA 2.1).
         attention: Kernel and positions.
         checkpoint_activations: Compute each block again in the backward pass.
 
@@ -82,16 +87,19 @@ class Predictor(Network):
         encoder_width: int,
         attention: AttentionConfig,
         checkpoint_activations: bool = False,
+        levels: int = 1,
     ) -> None:
         super().__init__(
             config.dims, attention=attention, checkpoint_activations=checkpoint_activations
         )
         self.config = config
-        self.predictor_embed = Linear(encoder_width, config.width)
+        self.predictor_embed = _embedding(levels, encoder_width, config.width)
         self.mask_tokens = nn.Parameter(torch.zeros(config.num_mask_tokens, 1, 1, config.width))
         self.predictor_blocks = blocks(config.dims)
         self.predictor_norm = LayerNorm(config.width)
-        self.predictor_proj = Linear(config.width, encoder_width)
+        self.predictor_proj = Linear(config.width, levels * encoder_width)
+        if config.predict_context:
+            self.predictor_proj_context = Linear(config.width, levels * encoder_width)
 
     def forward(
         self,
@@ -99,7 +107,7 @@ class Predictor(Network):
         masks: MaskSet | Sequence[MaskSet],
         grid: Grid,
         mask_token: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicted features of the target tokens, those of all masks in one pass.
 
         Args:
@@ -111,32 +119,41 @@ class Predictor(Network):
                 first, or with `mask_token_per_mask` each mask's own.
 
         Returns:
-            [B, Kt, encoder_width] in the order of one mask's `target_BK`; for several masks packed
-            [P, encoder_width] in the order of `packing.target_tokens`.
+            [B, Kt, D] in the order of one mask's `target_BK`; for several masks packed [P, D] in
+            the order of `packing.target_tokens`; D is `levels` times the encoder's width. With
+            `predict_context` a pair of those: the targets', and the context tokens' in the order
+            in which they came.
 
         Raises:
             ConfigError: There is no such mask token.
         """
-        if isinstance(masks, MaskSet):
-            flat = self._predict(context.flatten(0, 1), (masks,), grid, mask_token)
-            return flat.unflatten(0, masks.target_BK.shape)
-        return self._predict(context, masks, grid, mask_token)
+        if not isinstance(masks, MaskSet):
+            return self._predict(context, masks, grid, mask_token)
+        out = self._predict(context.flatten(0, 1), (masks,), grid, mask_token)
+        if isinstance(out, Tensor):
+            return out.unflatten(0, masks.target_BK.shape)
+        return out[0].unflatten(0, masks.target_BK.shape), out[1].unflatten(0, context.shape[:2])
 
     def _predict(
         self, context_PD: Tensor, masks: Sequence[MaskSet], grid: Grid, mask_token: int | None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         context, target = context_tokens(masks), target_tokens(masks)
+        num_context = sum(context.per_mask)
+        if context_PD.shape[0] != num_context:
+            raise ValueError(f"expected {num_context} context tokens, got {context_PD.shape[0]}")
         both = _joined(context, target, grid)
         index_P = torch.cat((context.index_P, target.index_P))
         x_PD = torch.cat((self.predictor_embed(context_PD), self._queries(target, mask_token)))
         # Each token is picked once: `index_select` has a cheaper backward pass than indexing.
         x_PD = self._place(x_PD, index_P, grid).index_select(0, both.order_P)
         rotary = self._rotary(index_P[both.order_P], grid)
-        route = Route(backend=self.backend, packing=both.packing)
-        x_PD, _ = self._run(x_PD, rotary, route)
+        x_PD, _ = self._run(x_PD, rotary, Route(backend=self.backend, packing=both.packing))
         place_P = both.order_P.argsort()
-        target_PD = x_PD.index_select(0, place_P[context_PD.shape[0] :])
-        return self.predictor_proj(self.predictor_norm(target_PD))
+        target_PD = self.predictor_norm(x_PD.index_select(0, place_P[num_context:]))
+        if not self.config.predict_context:
+            return self.predictor_proj(target_PD)
+        again_PD = self.predictor_norm(x_PD.index_select(0, place_P[:num_context]))
+        return self.predictor_proj(target_PD), self.predictor_proj_context(again_PD)
 
     def _stack(self) -> nn.ModuleList:
         return self.predictor_blocks
@@ -156,6 +173,15 @@ class Predictor(Network):
         tokens_MD = self.mask_tokens.flatten(1)
         pairs = zip(names, counts, strict=True)
         return torch.cat([tokens_MD[name].expand(count, -1) for name, count in pairs])
+
+
+def _embedding(levels: int, encoder_width: int, width: int) -> nn.Module:
+    if levels == 1:
+        return Linear(encoder_width, width)
+    # Its output layer is numbered 2 in the released state dicts: the GELU counts.
+    return nn.Sequential(
+        Linear(levels * encoder_width, encoder_width), nn.GELU(), Linear(encoder_width, width)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
