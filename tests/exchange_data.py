@@ -18,14 +18,16 @@ HEADS = ["--heads", "2", "--predictor-heads", "3"]
 CLIP = ["--frames", str(FRAMES), "--resolution", str(RESOLUTION)]
 
 
-def networks(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+def networks(
+    seed: int = 0, encoder: EncoderConfig = ENCODER, predictor: PredictorConfig = PREDICTOR
+) -> dict[str, dict[str, torch.Tensor]]:
     """Weights of student, teacher and predictor by our names; no two tensors are alike."""
     torch.manual_seed(seed)
     attention = AttentionConfig()
     modules = {
-        "encoder": Encoder(ENCODER, attention=attention),
-        "teacher": Encoder(ENCODER, attention=attention),
-        "predictor": Predictor(PREDICTOR, encoder_width=ENCODER.dims.width, attention=attention),
+        "encoder": Encoder(encoder, attention=attention),
+        "teacher": Encoder(encoder, attention=attention),
+        "predictor": Predictor(predictor, encoder_width=encoder.dims.width, attention=attention),
     }
     return {
         name: {key: value + 0.05 * torch.randn_like(value) for key, value in m.state_dict().items()}
@@ -65,6 +67,17 @@ def hf_state(parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
         for name, tensor in tensors.items():
             state.update(_hf_entries(network, name, tensor))
     return state
+
+
+def write_tiny(folder: Path, **changes) -> dict[str, dict[str, torch.Tensor]]:
+    """FOLDER/official.pt with networks of the size of `tests.plain.tiny_config`; its weights."""
+    parts = networks(
+        seed=5,
+        encoder=EncoderConfig(size="vit_tiny", width=48, depth=2, heads=2, patch_size=8),
+        predictor=PredictorConfig(width=24, depth=1, heads=2),
+    )
+    write_official(folder / "official.pt", parts, **changes)
+    return parts
 
 
 def write_hf(folder: Path, parts: dict | None = None, *, shards: int = 1, **config) -> Path:

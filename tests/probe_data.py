@@ -119,6 +119,7 @@ def _write_weights(out: Path, config: RunConfig, seed: int) -> dict[str, int]:
     ]
     flat = {piece.name: piece.flat.contiguous() for piece in pieces}
     save_file(flat, out / layout.weights_name(0), metadata_of(pieces))
+    write_json(out / layout.STATE, {"step": seed})
     return fingerprint_pieces(pieces)
 
 

@@ -36,7 +36,7 @@ class Origin:
     """Whose layout the weights first had: jepa, vjepa2 or hf."""
     digest: str | None
     """Of the weights, where the source has one."""
-    step: int | None
+    source_step: int | None
     """Step of the weights, where the source tells."""
     teacher: str
     """Where the teacher's average is from."""
@@ -106,7 +106,7 @@ def load_initial(engine: "ZeroEngine", config: RunConfig, source: Source) -> Ori
         source=str(path),
         format=str(told["format"]),
         digest=told.get("digest") or told.get("sha256"),
-        step=told.get("step"),
+        source_step=told.get("step"),
         teacher="from the source's average" if source.has_teacher else "a copy of the student",
         fresh=tuple(prefix.removesuffix(".") for prefix in fresh),
     )
