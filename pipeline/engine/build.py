@@ -16,7 +16,7 @@ from pipeline.data.cursor import DataIdentity, check_same
 from pipeline.data.loader import Loader, make_loader
 from pipeline.engine.check import check_run
 from pipeline.engine.init import Origin, load_initial, open_initial
-from pipeline.engine.resume import take_up
+from pipeline.engine.resume import TakenUp, schedule_of, take_up
 from pipeline.engine.rundir import Start, Wish
 from pipeline.engine.supervision import Supervision
 from pipeline.engine.zero import ZeroEngine
@@ -51,6 +51,8 @@ class Parts:
     """When a checkpoint is due, and how far the one in flight is."""
     origin: Origin | None = None
     """Weights that a fresh run was started from, if it was given any."""
+    taken_up: TakenUp | None = None
+    """How a resumed run was taken up."""
     losses_before: tuple[float, ...] = ()
     """Losses that the next one is compared with."""
     token: int = 0
@@ -93,13 +95,14 @@ def build(
     )
     seed_everything(config.seed)
     engine = ZeroEngine(config, device)
-    origin = None
+    origin, taken_up = None, None
     if start.found is not None:
-        take_up(engine, start.found, seed=config.seed)
+        taken_up = take_up(engine, start.found, config)
     elif given is not None:
         origin = load_initial(engine, config, given)
     return Parts(
         origin=origin,
+        taken_up=taken_up,
         config=config,
         launch=launch,
         device=device,
@@ -148,6 +151,7 @@ def run_state(parts: Parts, step: int, counts: Counts) -> dict:
         "run_id": parts.run_id,
         "data": parts.identity.to_dict(),
         "groups": parts.engine.group_table(),
+        "schedule": schedule_of(parts.config, step),
         "num_faults": counts.num_faults,
         "recent_losses": list(counts.recent_losses),
         "world_size": dist.get_world_size(),

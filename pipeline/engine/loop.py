@@ -90,6 +90,7 @@ def _start_up(config: RunConfig, launch: Launch, wish: Wish, care: Supervision) 
         start_up_seconds=_phases(ages),
         ignored_saves=list(start.ignored),
         rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
+        **(parts.taken_up.to_dict() if parts.taken_up else {}),
     )
     if parts.origin is not None:
         parts.tracker.event("init_from", step=0, **parts.origin.to_dict())

@@ -1,5 +1,6 @@
 """A commit taken up again by a fresh engine, and the proof that it arrived as it was saved."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,24 @@ from pipeline.engine.save import restore_generators
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import seed_everything
 from pipeline.errors import CheckpointError
+from pipeline.run import RunConfig
 
 
-def take_up(engine: ZeroEngine, found: Found, *, seed: int) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakenUp:
+    """How a run was taken up."""
+
+    words: str
+    """One line: from how many ranks to how many, and that it arrived."""
+    changes: tuple[str, ...] = ()
+    """What the configuration now says otherwise of the step that was saved."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the run's events."""
+        return {"resumed": self.words, "changes": list(self.changes)}
+
+
+def take_up(engine: ZeroEngine, found: Found, config: RunConfig) -> TakenUp:
     """Restores weights, averages, Adam's state and random generators of a verified commit.
 
     The commit may have been saved by any number of ranks and at any ZeRO stage. Random generators
@@ -27,10 +43,7 @@ def take_up(engine: ZeroEngine, found: Found, *, seed: int) -> str:
     Args:
         engine: A fresh engine of the same networks.
         found: The commit; every rank gives the same.
-        seed: The run's seed.
-
-    Returns:
-        One line for people: what was restored and that it is equal to what was saved.
+        config: The run.
 
     Raises:
         CheckpointError: The commit is of other networks, or what the engine holds now is not what
@@ -40,16 +53,20 @@ def take_up(engine: ZeroEngine, found: Found, *, seed: int) -> str:
     commit_dir, saved = found.commit.path, found.manifest.world_size
     with CommitTensors(commit_dir, rank=rank) as tensors:
         engine.load(tensors)
-    _check_groups(read_state(commit_dir).get("groups"), engine)
     _check_fingerprints(engine, found)
+    state = read_state(commit_dir)
+    _check_groups(state, engine)
+    changes = _set_rates(state, engine, config)
     if saved == world_size:
         restore_generators(load_file(commit_dir / layout.rng_name(rank)))
-        return f"saved with {saved} ranks, running {world_size}: fingerprints equal"
-    seed_everything(derived_seed(seed, found.commit.step, rank))
-    return (
+        words = f"saved with {saved}, running {world_size}: fingerprints equal"
+        return TakenUp(words=words, changes=changes)
+    seed_everything(derived_seed(config.seed, found.commit.step, rank))
+    words = (
         f"saved with {saved}, running {world_size}: resharded, fingerprints equal; random "
         "generators start anew"
     )
+    return TakenUp(words=words, changes=changes)
 
 
 def derived_seed(seed: int, step: int, rank: int) -> int:
@@ -57,14 +74,45 @@ def derived_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
-def _check_groups(saved: list[dict[str, Any]] | None, engine: ZeroEngine) -> None:
+def _check_groups(state: dict[str, Any], engine: ZeroEngine) -> None:
+    """The same groups in the same order; settings of one group must not become another's."""
+    known = [group["name"] for group in state["groups"]]
     names = [group["name"] for group in engine.group_table()]
-    known = [group["name"] for group in saved or []]
-    if saved and known != names:
+    if known != names:
         raise CheckpointError(
             f"The checkpoint has the parameter groups {', '.join(known)}; this run has "
             f"{', '.join(names)}."
         )
+
+
+def _set_rates(state: dict[str, Any], engine: ZeroEngine, config: RunConfig) -> tuple[str, ...]:
+    """Puts the groups to what the schedules say of the saved step, and tells what they said then.
+
+    Schedules are functions of the configuration and the step. They differ from what was saved only
+    if somebody edited the run's configuration, which is allowed and must not go unseen.
+    """
+    step = state["step"]
+    if not step:
+        return ()
+    now = schedule_of(config, step)
+    engine.set_rates(now["learning_rate"], now["weight_decay"])
+    then = state.get("schedule") or now
+    return tuple(
+        f"{name.replace('_', ' ')} of step {step} was {then[name]:g} when it was saved, the "
+        f"configuration now says {value:g}"
+        for name, value in now.items()
+        if then[name] != value
+    )
+
+
+def schedule_of(config: RunConfig, step: int) -> dict[str, float]:
+    """What the optimiser is told at a step, as state.json keeps it."""
+    if not step:
+        return {}
+    return {
+        "learning_rate": config.learning_rate(step),
+        "weight_decay": config.weight_decay(step),
+    }
 
 
 def _check_fingerprints(engine: ZeroEngine, found: Found) -> None:
@@ -83,7 +131,11 @@ def _check_fingerprints(engine: ZeroEngine, found: Found) -> None:
         if to_text(total) != found.manifest.fingerprints[name]
     ]
     if wrong or num_stale or num_unknown:
-        raise CheckpointError(_what_differs(found.commit.path, wrong, num_stale, num_unknown))
+        raise CheckpointError(
+            _what_differs(found.commit.path, wrong, num_stale, num_unknown),
+            remedy="Go on from an older one, `jepa resume RUN --step N`: `jepa ckpt ls RUN` lists "
+            "them, `jepa ckpt verify RUN` checks them.",
+        )
 
 
 def _what_differs(commit_dir: Path, wrong: list[str], num_stale: int, num_unknown: int) -> str:

@@ -104,9 +104,7 @@ class ZeroEngine:
 
     def update(self, learning_rate: float, weight_decay: float) -> Update:
         """Takes the optimiser's step with these values for every group (no decay where none)."""
-        for group, decays in zip(self._engine.optimizer.param_groups, self._decays, strict=True):
-            group["lr"] = learning_rate
-            group["weight_decay"] = weight_decay if decays else 0.0
+        self.set_rates(learning_rate, weight_decay)
         own_norm = None
         if not self._stage:
             # Plain AdamW asks nobody whether the gradient is finite.
@@ -118,6 +116,12 @@ class ZeroEngine:
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
         norm = self._engine.get_global_grad_norm() if self._stage else own_norm
         return Update(gradient_norm=float("nan") if norm is None else float(norm), skipped=skipped)
+
+    def set_rates(self, learning_rate: float, weight_decay: float) -> None:
+        """Sets these values for every group (no decay where none) without taking a step."""
+        for group, decays in zip(self._engine.optimizer.param_groups, self._decays, strict=True):
+            group["lr"] = learning_rate
+            group["weight_decay"] = weight_decay if decays else 0.0
 
     def drop(self) -> None:
         """Forgets the gradient of a step: weights, moments and averages stay as they were.

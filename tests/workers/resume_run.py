@@ -37,7 +37,7 @@ def go_on(out: Path, launch: Launch, stage: int, precision: str, at: int, last: 
     found = commit(engine, run_dir, launch, at)
     without = take_steps(engine, config, launch, at + 1, last)
     again = fresh_engine(config)
-    said = take_up(again, found, seed=config.seed)
+    said = take_up(again, found, config).words
     after = take_steps(again, config, launch, at + 1, last)
     return {
         "without": [loss.hex() for loss in without],
@@ -53,7 +53,7 @@ def pass_on(out: Path, launch: Launch, source: str, stage: int, steps: int) -> d
     found = find_commit(Path(source))
     engine = fresh_engine(config)
     before = held(engine)
-    said = take_up(engine, found, seed=config.seed)
+    said = take_up(engine, found, config).words
     first = found.commit.step + 1
     found = commit(engine, out / "passed-on", launch, found.commit.step)
     losses = take_steps(engine, config, launch, first, first + steps - 1) if steps else []
