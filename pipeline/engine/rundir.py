@@ -166,8 +166,9 @@ def _find(config: RunConfig, launch: Launch, wish: Wish, ownership: Ownership) -
     token = ownership.take(run_dir)
     rewinds = read_rewinds(run_dir)
     back = pending(rewinds)
-    found = find_commit(run_dir, back.to_step if back and wish.step is None else wish.step)
     info = read_run_info(run_dir)
+    step = back.to_step if back and wish.step is None else wish.step
+    found = find_commit(run_dir, step, run_id=info.get("run_id"))
     if info.get("run_id") != found.manifest.run_id:
         raise CheckpointError(
             f"{found.commit.path} belongs to run {found.manifest.run_id}, "
