@@ -14,13 +14,18 @@ def encoder_params(config: EncoderConfig) -> int:
     """Parameters of the encoder."""
     dims = config.dims
     patch = _linear_params(_tubelet_values(config), dims.width)
-    return patch + _blocks_params(dims) + _norm_params(dims.width)
+    norms = max(1, len(config.levels)) * _norm_params(dims.width)
+    return patch + _blocks_params(dims) + norms
 
 
-def predictor_params(config: PredictorConfig, encoder_width: int) -> int:
-    """Parameters of the predictor, its mask tokens included."""
+def predictor_params(config: PredictorConfig, encoder_width: int, *, levels: int = 1) -> int:
+    """Parameters of the predictor, its mask tokens included; `levels` as its constructor's."""
     dims = config.dims
-    ends = _linear_params(encoder_width, dims.width) + _linear_params(dims.width, encoder_width)
+    ends = _linear_params(encoder_width, dims.width)
+    if levels > 1:
+        ends += _linear_params(levels * encoder_width, encoder_width)
+    num_outputs = 2 if config.predict_context else 1
+    ends += num_outputs * _linear_params(dims.width, levels * encoder_width)
     mask_tokens = config.num_mask_tokens * dims.width
     return ends + mask_tokens + _blocks_params(dims) + _norm_params(dims.width)
 
@@ -41,18 +46,23 @@ def encoder_flops(config: EncoderConfig, tokens: int, *, embedded: int | None = 
 
 
 def predictor_flops(
-    config: PredictorConfig, encoder_width: int, context: int, target: int
+    config: PredictorConfig, encoder_width: int, context: int, target: int, *, levels: int = 1
 ) -> float:
     """FLOPs of one prediction for one clip, forward only.
 
     Args:
         config: The predictor.
         encoder_width: Width of the encoder's features.
-        context: Context tokens, projected in.
+        context: Context tokens, projected in, and out again if they are predicted too.
         target: Target tokens, projected out.
+        levels: Levels of the encoder.
     """
     dims = config.dims
-    ends = _linear_flops(context + target, encoder_width, dims.width)
+    ends = _linear_flops(context, encoder_width, dims.width)
+    if levels > 1:
+        ends += _linear_flops(context, levels * encoder_width, encoder_width)
+    predicted = target + context if config.predict_context else target
+    ends += _linear_flops(predicted, dims.width, levels * encoder_width)
     return ends + _blocks_flops(dims, context + target)
 
 

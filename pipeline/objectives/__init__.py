@@ -1,6 +1,7 @@
 """The registry of objectives: every module of this folder with a `Config` and an `Objective`.
 
-A new objective is a new file here. Nothing else in the project names one.
+A new objective is a new file here. Nothing else in the project names one. Files whose name begins
+with an underscore are helpers of objectives.
 """
 
 import importlib
@@ -13,7 +14,8 @@ from pipeline.objectives import base
 
 
 def _modules() -> dict[str, Any]:
-    names = [info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"]
+    found = [info.name for info in pkgutil.iter_modules(__path__)]
+    names = [name for name in found if name != "base" and not name.startswith("_")]
     return {name: importlib.import_module(f"{__name__}.{name}") for name in sorted(names)}
 
 
