@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.checkpoint import layout
+from pipeline.checkpoint.pieces import Piece
 from pipeline.errors import CheckpointError
 
 
@@ -94,6 +95,15 @@ class CommitTensors:
         if shape is None:
             raise CheckpointError(f"{self._commit_dir} holds no tensor {name}.")
         return self.read(name, 0, torch.Size(shape).numel()).reshape(shape)
+
+    def pieces(self, name: str) -> list[Piece]:
+        """All pieces of a tensor as they were written, by rising start."""
+        shape = self._shapes[name]
+        places = sorted(self._places[name], key=lambda place: place.start)
+        return [
+            Piece(name=name, shape=shape, start=place.start, flat=place.file.get_tensor(name))
+            for place in places
+        ]
 
     def _place_of(self, name: str, element: int) -> _Place:
         while True:
