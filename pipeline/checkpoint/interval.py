@@ -128,6 +128,7 @@ class SaveClock:
         self._stalls.append(stall_seconds)
         self.outcome = SaveOutcome.NONE
 
-    def note_end(self, save_seconds: float) -> None:
-        """A save has been published, so long after it began."""
+    def note_end(self, save_seconds: float, more_stall_seconds: float = 0.0) -> None:
+        """A save has been published, so long after it began; training stood still for it."""
         self._saves.append(save_seconds)
+        self._stalls[-1] += more_stall_seconds

@@ -43,7 +43,7 @@ def train(
     run = load_config(config, RunConfig, overrides).config
     if dry_run:
         return _check(run, ranks or read_launch().world_size)
-    if or_resume and layout.list_commits(run.run_dir):
+    if or_resume and (layout.list_commits(run.run_dir) or _bring_back(run.run_dir, run)):
         _must_be_same(run)
         return _resume(run.run_dir, ranks, Wish(resume=True, is_unattended=True))
     words = ["train", str(config), *overrides, *(["--or-resume"] if or_resume else [])]
@@ -57,6 +57,7 @@ def resume(
     ranks: int | None = None,
     allow_dataset_change: bool = False,
     retry: bool = False,
+    store: str | None = None,
 ) -> ExitCode:
     """Continue a run from its newest whole checkpoint, with the configuration it was started with.
 
@@ -67,7 +68,11 @@ def resume(
         allow_dataset_change: Go on although the datasets are not those that the checkpoint was
             trained on; steps from here on show other clips than an uninterrupted run's.
         retry: Go on although the last starts ended before another checkpoint.
+        store: URL below which the run's checkpoints were published (its `checkpoint.store`), if
+            its folder is lost: the newest whole one is brought back first.
     """
+    if store is not None:
+        _fetch(run.resolve(), store, step)
     wish = Wish(resume=True, step=step, allow_dataset_change=allow_dataset_change, retry=retry)
     return _resume(run, ranks, wish)
 
@@ -83,6 +88,8 @@ def _resume(run: Path, ranks: int | None, wish: Wish) -> ExitCode:
     # The folder may have been moved or renamed since it was made.
     moved = {"name": run.name, "runs_folder": run.parent}
     config = load_config(path, RunConfig).config.model_copy(update=moved)
+    if not layout.list_commits(run):
+        _bring_back(run, config, wish.step)
     if wish.step is None and _is_finished(run, config):
         Console().print(
             f"{run} is finished: all {config.num_steps} steps are done. `jepa report {run}` shows "
@@ -93,6 +100,31 @@ def _resume(run: Path, ranks: int | None, wish: Wish) -> ExitCode:
     if ranks is None and read_launch().launcher == "alone":
         ranks = _saved_ranks(run, wish.step)
     return _start(config, ranks, ["resume", str(run), *_flags(wish)], wish)
+
+
+def _bring_back(run: Path, config: RunConfig, step: int | None = None) -> bool:
+    """Brings a lost run's checkpoint back if the run has a store and something is there."""
+    from pipeline.checkpoint.store import CommitStore  # noqa: PLC0415 - few runs need it
+
+    url = config.checkpoint.store
+    if url is None or not CommitStore(url, run.name).steps():
+        return False
+    _fetch(run, url, step)
+    return True
+
+
+def _fetch(run: Path, url: str, step: int | None) -> None:
+    from pipeline.checkpoint.mirror import restore  # noqa: PLC0415
+    from pipeline.checkpoint.store import CommitStore  # noqa: PLC0415
+
+    store = CommitStore(url, run.name)
+    restored = restore(store, run, step)
+    if restored is not None:
+        console = Console()
+        for bad in restored.rejected:
+            reasons = "; ".join(bad.reasons)
+            console.print(f"step {bad.commit.step} rejected: {reasons}", markup=False)
+        console.print(f"step {restored.step} brought back from {store.url}", markup=False)
 
 
 def _flags(wish: Wish) -> list[str]:

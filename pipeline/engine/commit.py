@@ -33,15 +33,6 @@ _SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _InFlight:
-    """A save that has begun and of which the ranks have not yet agreed how it ended."""
-
-    request: SaveRequest
-    begin: float
-    """On the monotonic clock."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Ended:
     """What this rank's thread leaves behind."""
 
@@ -71,7 +62,8 @@ class Saver:
         self._parts = parts
         self._copies = HostCopies()
         self._background: Background[_Ended] = Background()
-        self._in_flight: _InFlight | None = None
+        self._in_flight: SaveRequest | None = None
+        """Has begun, and the ranks have not yet agreed how it ended."""
         self._num_begun, self._num_failed = 0, 0
         # A partial folder of an earlier attempt, or of another job, is never taken for our own.
         self._token = str(_from_rank_0(secrets.token_hex(4)))
@@ -90,13 +82,12 @@ class Saver:
                 many in a row have.
         """
         parts, config = self._parts, self._parts.config.checkpoint
-        begin = time.monotonic()
         self.finish()
+        begin = time.monotonic()
         self._background.wait()  # a failed save may have left this rank's own part behind
         copies = self._copies if config.background else HostCopies()
         files = copy_rank_files(parts.engine, copies, run_state(parts, step, counts))
-        request = self._request(step, files)
-        self._in_flight = _InFlight(request=request, begin=begin)
+        request = self._in_flight = self._request(step, files)
         stall = time.monotonic() - begin
         parts.saves.note_begin(stall)
         parts.tracker.event("save_begun", step=step, seconds=round(stall, 4))
@@ -131,7 +122,7 @@ class Saver:
         while (outcome := self._agreed_outcome()) is SaveOutcome.NONE:
             self._background.result()
             # Every round proves that all ranks live.
-            self._parts.care.watchdog.begin("wait", self._in_flight.request.step)
+            self._parts.care.watchdog.begin("wait", self._in_flight.step)
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
         self._conclude(outcome, waited=time.monotonic() - begin, last=last)
@@ -213,7 +204,7 @@ class Saver:
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is None:
             raise RuntimeError("no save is in flight")
-        in_flight.request.give_up.set()
+        in_flight.give_up.set()
         self._num_failed = self._num_failed + 1 if outcome is SaveOutcome.FAILED else 0
         failure = None
         if self._parts.launch.rank == 0:
@@ -221,7 +212,7 @@ class Saver:
             failure = self._record(waited)
         too_many = self._num_failed >= self._parts.config.checkpoint.max_failed_in_a_row
         if too_many or (last and outcome is not SaveOutcome.PUBLISHED):
-            self._refuse(in_flight.request.step, outcome, _from_rank_0(failure))
+            self._refuse(in_flight.step, outcome, _from_rank_0(failure))
 
     def _record(self, waited: float) -> str | None:
         """Writes down how a save ended; gives what failed, if anything did."""
@@ -235,7 +226,8 @@ class Saver:
         if result.failure is not None:
             event("save_failed", reason=result.failure, **fields)
             return result.failure
-        self._parts.saves.note_end(ended.seconds)
+        stall = 0.0 if self._parts.config.checkpoint.background else waited
+        self._parts.saves.note_end(ended.seconds, stall)
         mib = round(result.num_bytes / 2**20, 1)
         event("save", mib=mib, behind_seconds=round(ended.seconds, 3), **fields)
         if ended.pruning is not None:

@@ -13,7 +13,7 @@ from pipeline.track.rates import WINDOW_STEPS, eta_seconds, window_rates
 
 # Redrawing by hand, at most this often, needs no thread: one would be in the way of forked workers.
 _REDRAW_SECONDS = 0.25
-_QUIET_EVENTS = frozenset({"stage"})
+_QUIET_EVENTS = frozenset({"stage", "save_begun"})
 
 
 class ConsoleSink:
@@ -116,9 +116,9 @@ class ConsoleSink:
     def _numbers(self, step: LoggedStep) -> str:
         report = step.report
         reports = [logged.report for logged in self._window]
-        rates = window_rates(
-            reports, peak_tflops=self._config.peak_tflops, world_size=self._world_size
-        )
+        stated = self._config.peak_tflops
+        peak = stated if isinstance(stated, float) else None
+        rates = window_rates(reports, peak_tflops=peak, world_size=self._world_size)
         total = self._total_steps()
         parts = [
             f"step {report.step}/{total}" if total else f"step {report.step}",
@@ -126,7 +126,12 @@ class ConsoleSink:
             f"lr {report.learning_rate:.2e}",
         ]
         if rates is not None:
-            parts += [f"{rates.clips_per_second:.1f} clips/s", f"wait {rates.wait_share:.0%}"]
+            parts += [
+                f"{rates.clips_per_second:.1f} clips/s",
+                f"{_thousands(rates.tokens_per_second)} tokens/s",
+                f"wait {rates.wait_share:.0%}",
+                f"{rates.peak_memory_gib:.1f} GiB",
+            ]
             if rates.mfu is not None:
                 parts.append(f"MFU {rates.mfu:.1%}")
         if self._rank is not None:
@@ -147,6 +152,10 @@ class ConsoleSink:
 
     def _total_steps(self) -> int | None:
         return sum(stage.steps for stage in self._plan) or None
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1e3:.0f}k" if value >= 1e4 else f"{value:.0f}"
 
 
 def _short(value: object) -> str:
