@@ -1,6 +1,8 @@
 """Official checkpoints: read with the restricted reader alone, strictly, bit for bit."""
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -132,6 +134,52 @@ def test_heads_are_asked_for_where_tensors_cannot_tell_them(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([*words, "--heads", "7"]) == ExitCode.CONFIG
     assert "cannot be cut into 7 heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("uniform_power", [True, False])
+def test_a_first_v_jepa_comes_in_with_its_tables_checked_and_its_clip_told(
+    tmp_path, capsys, uniform_power
+):
+    content = official(networks(), table=False)
+    for key in ("encoder", "target_encoder"):
+        content[key]["module.backbone.pos_embed"] = sincos_table(4, 6, 48, uniform_power)
+    if uniform_power:  # the predictor's width of 36 cannot be halved and quartered evenly
+        table = sincos_table(4, 6, 36, uniform_power)
+        content["predictor"]["module.backbone.predictor_pos_embed"] = table
+    torch.save(content, tmp_path / "x.pt")
+    words = ["ckpt", "import", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--format", "vjepa2"]
+    assert main([*words, "--positions", "sincos", *HEADS]) == 0
+    networks_found = open_networks(tmp_path / "out").networks
+    assert networks_found.attention.positions == "sincos"
+    assert networks_found.attention.uniform_power is uniform_power
+    assert (networks_found.frames, networks_found.resolution) == (8, 48)
+    export = ["ckpt", "export", str(tmp_path / "out"), str(tmp_path / "hf"), "--format", "hf"]
+    assert main(export) == ExitCode.CONFIG
+    assert "attention.positions is sincos" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_the_fixed_one_is_refused_for_the_first_v_jepa(tmp_path):
+    content = official(networks(), table=False)
+    table = sincos_table(4, 6, 48, uniform_power=True)
+    table[0, 17, 3] += 0.01
+    content["encoder"]["module.backbone.pos_embed"] = table
+    torch.save(content, tmp_path / "x.pt")
+    options = ImportOptions(heads=Heads(encoder=2, predictor=3), positions="sincos")
+    with pytest.raises(CheckpointError, match=r"encoder\.pos_embed"):
+        read_official(tmp_path / "x.pt", options)
+
+
+def sincos_table(num_times, edge, width, uniform_power):
+    """[1, N, D]: the reference page's formula once more, with loops."""
+    dims = [2 * math.ceil(width / 6)] * 3 if uniform_power else [width // 2, width // 4, width // 4]
+    rows = []
+    for place in itertools.product(range(num_times), range(edge), range(edge)):
+        row = []
+        for position, dim in zip(place, dims, strict=True):
+            angles = [position / 10000 ** (2 * j / dim) for j in range(dim // 2)]
+            row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        rows.append(row[:width])
+    return torch.tensor([rows])
 
 
 class _Bomb:

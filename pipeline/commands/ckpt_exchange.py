@@ -33,6 +33,8 @@ class ImportFlags:
     """Encoder heads, for sizes that have no name."""
     predictor_heads: int | None = None
     """Predictor heads, for widths other than 384."""
+    positions: Literal["rope", "sincos"] = "rope"
+    """`sincos` for checkpoints of V-JEPA 1, whose position tables are compared with ours."""
     frames: int | None = None
     """Frames of the clips that it was trained on last."""
     resolution: int | None = None
@@ -86,6 +88,7 @@ def import_(
     asked = flags or ImportFlags()
     options = ImportOptions(
         heads=Heads(encoder=asked.heads, predictor=asked.predictor_heads),
+        positions=asked.positions,
         frames=asked.frames,
         resolution=asked.resolution,
     )

@@ -68,7 +68,7 @@ def _model(facts: CardFacts) -> str:
     rows = [
         ("encoder", _size(dims.width, dims.depth, dims.heads, dims.mlp_hidden)),
         ("token", f"{networks.encoder.tubelet_size} frames × {networks.encoder.patch_size}² px"),
-        ("positions", f"3-D rotary, {networks.attention.rope}"),
+        ("positions", _positions(networks)),
         ("clips", f"{networks.frames or 'any'} frames, {networks.resolution or 'any'} px"),
         ("weights", _weights(networks.encoder_is)),
     ]
@@ -182,6 +182,12 @@ def _origin(facts: CardFacts) -> str:
     rows = [(key, f"`{value}`") for key, value in facts.provenance.items() if key not in hidden]
     notes = "".join(f"- {note}\n" for note in facts.notes)
     return "## Origin\n\n" + _table(("", ""), rows) + (f"\n{notes}" if notes else "")
+
+
+def _positions(networks: Networks) -> str:
+    if networks.attention.positions == "sincos":
+        return "fixed table of sines and cosines, added to the tokens"
+    return f"3-D rotary, {networks.attention.rope}"
 
 
 def _weights(role: str) -> str:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import torch
-
 from pipeline.errors import CheckpointError
 from pipeline.exchange.open import open_networks
+from pipeline.exchange.sizes import new_encoder, new_predictor
 from pipeline.exchange.source import Source
 from pipeline.exchange.tensors import Tensors
 from pipeline.models.encoder import Encoder
@@ -52,9 +51,7 @@ def build_encoder(source: Source, which: Literal["teacher", "student"]) -> Encod
             f"weights alone, the {which}'s were asked for.",
             remedy=f"Ask for the {role}.",
         )
-    with torch.device("meta"):  # only the shapes: weights are read
-        encoder = Encoder(source.networks.encoder, attention=source.networks.attention)
-    return _filled(encoder, source.encoder(which))
+    return _filled(new_encoder(source.networks), source.encoder(which))
 
 
 def build_predictor(source: Source) -> Predictor:
@@ -63,13 +60,7 @@ def build_predictor(source: Source) -> Predictor:
     Raises:
         CheckpointError: They have none.
     """
-    config = source.networks.predictor
-    if config is None:
-        raise CheckpointError(f"{source.provenance['source']} holds no predictor.")
-    width = source.networks.encoder.dims.width
-    with torch.device("meta"):
-        predictor = Predictor(config, encoder_width=width, attention=source.networks.attention)
-    return _filled(predictor, source.tensors.below("predictor."))
+    return _filled(new_predictor(source.networks), source.tensors.below("predictor."))
 
 
 def _filled(module: _Network, tensors: Tensors) -> _Network:

@@ -12,10 +12,13 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.names import official_recipe, translate
-from pipeline.exchange.sizes import expected_shapes, infer_sizes
+from pipeline.exchange.sizes import Heads, expected_shapes, infer_sizes
 from pipeline.exchange.source import ImportOptions, Source
+from pipeline.exchange.tables import read_table
 from pipeline.exchange.tensors import Tensors, joined, of_dict
 from pipeline.files import sha256_of
+from pipeline.models.attention import AttentionConfig
+from pipeline.models.encoder import EncoderConfig
 
 # DDP, the multi-mask wrapper and torch.compile each put a word in front.
 _WRAPPERS = re.compile(r"^(?:(?:module|backbone|_orig_mod)\.)+")
@@ -35,7 +38,7 @@ def read_official(path: Path, options: ImportOptions) -> Source:
         CheckpointError: It holds more than tensors and plain values, or no networks known here.
     """
     content = _load(path)
-    parts, notes = _networks(content, path)
+    parts, tables = _networks(content, path)
     encoder, teacher = parts.get("encoder"), parts.get("target_encoder")
     role = "student"
     if encoder is None:
@@ -46,13 +49,13 @@ def read_official(path: Path, options: ImportOptions) -> Source:
             remedy="Give a checkpoint of V-JEPA 2's or V-JEPA's pretraining.",
         )
     predictor = parts.get("predictor")
-    sized = infer_sizes(encoder, predictor, options.heads, str(path))
+    sized = infer_sizes(encoder, predictor, _heads(options, encoder), str(path))
     networks = Networks(
         encoder=sized.encoder,
         predictor=sized.predictor,
+        attention=_attention(tables, options, path),
         encoder_is=role,
-        frames=options.frames,
-        resolution=options.resolution,
+        **_clip(tables, options, sized.encoder),
     )
     found = [encoder.above("encoder.")]
     found += [] if teacher is None else [teacher.above("teacher.")]
@@ -62,7 +65,7 @@ def read_official(path: Path, options: ImportOptions) -> Source:
         networks=networks,
         tensors=translate(joined(*found), expected, official_recipe, str(path)),
         provenance={"format": "vjepa2", "source": str(path), "sha256": sha256_of(path)},
-        notes=(*notes, *sized.notes),
+        notes=(*_left_out(content), *_told_of(tables, networks), *sized.notes),
     )
 
 
@@ -98,8 +101,11 @@ def _load(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _networks(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensors], list[str]]:
-    parts, notes = {}, []
+def _networks(
+    content: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+    """Tensors of each network by clean names, and their position tables."""
+    parts, tables = {}, {}
     others = [str(key) for key in content if key not in _NETWORKS]
     strange = [key for key in others if key != "opt" and _holds_tensors(content[key])]
     if strange:
@@ -108,31 +114,77 @@ def _networks(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensors
             f"{', '.join(strange)}; expected {', '.join(_NETWORKS)}.",
             remedy="Rename or remove them, if you know what they are.",
         )
-    if others:
-        notes.append(f"not taken over: {', '.join(others)} (training starts afresh from weights)")
     for key in _NETWORKS:
         if key in content:
-            tensors, dropped = _cleaned(content[key], f"{path}, {key}")
+            tensors = _cleaned(content[key], f"{path}, {key}")
+            found = {name: tensors.pop(name) for name in _POSITION_TABLES if name in tensors}
+            tables |= {f"{key}.{name}": table for name, table in found.items()}
             parts[key] = of_dict(tensors)
-            notes += [f"{key}: {name} is not used, positions are rotary" for name in dropped]
-    return parts, notes
+    return parts, tables
 
 
-def _cleaned(state: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
+def _left_out(content: Mapping[str, Any]) -> list[str]:
+    others = [str(key) for key in content if key not in _NETWORKS]
+    return [f"not taken over: {', '.join(others)}; training starts afresh"] if others else []
+
+
+def _told_of(tables: Mapping[str, Tensor], networks: Networks) -> list[str]:
+    if networks.attention.positions == "sincos":
+        return [f"{name}: computed anew for every clip, the table is equal" for name in tables]
+    return [
+        f"{name} is left out: positions are rotary (V-JEPA 1 needs --positions sincos)"
+        for name in tables
+    ]
+
+
+def _heads(options: ImportOptions, encoder: Tensors) -> Heads:
+    """V-JEPA 1's predictors have as many heads as their encoders."""
+    if options.positions == "rope" or options.heads.predictor is not None:
+        return options.heads
+    found = infer_sizes(encoder, None, options.heads, "the encoder").encoder
+    return Heads(encoder=options.heads.encoder, predictor=found.dims.heads)
+
+
+def _attention(tables: Mapping[str, Tensor], options: ImportOptions, path: Path) -> AttentionConfig:
+    if options.positions == "rope":
+        return AttentionConfig()
+    found = {name: read_table(table) for name, table in tables.items()}
+    kinds = {facts.uniform_power for facts in found.values() if facts is not None}
+    strange = [name for name, facts in found.items() if facts is None]
+    if strange or len(kinds) != 1:
+        what = ", ".join(strange) or "none"
+        raise CheckpointError(
+            f"{path}: expected position tables of sines and cosines, all made alike; these are "
+            f"others: {what}.",
+            remedy="Import it with --positions rope, if its positions are rotary.",
+        )
+    return AttentionConfig(positions="sincos", uniform_power=kinds.pop())
+
+
+def _clip(
+    tables: Mapping[str, Tensor], options: ImportOptions, encoder: EncoderConfig
+) -> dict[str, int | None]:
+    """Clip size: as given, or as a position table tells it."""
+    told = {"frames": options.frames, "resolution": options.resolution}
+    facts = next((found for table in tables.values() if (found := read_table(table))), None)
+    if facts is not None:
+        told["frames"] = told["frames"] or facts.grid.t * encoder.tubelet_size
+        told["resolution"] = told["resolution"] or facts.grid.h * encoder.patch_size
+    return told
+
+
+def _cleaned(state: Any, source: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{source}: expected tensors by name, got {type(state).__name__}.")
-    tensors, dropped = {}, []
+    tensors = {}
     for key, tensor in state.items():
         name = _WRAPPERS.sub("", str(key))
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
             raise CheckpointError(f"{source}: {key} is no dense tensor of floating numbers.")
         if name in tensors:
             raise CheckpointError(f"{source} holds {name} twice, with other words in front.")
-        if name in _POSITION_TABLES:
-            dropped.append(name)
-        else:
-            tensors[name] = tensor
-    return tensors, dropped
+        tensors[name] = tensor
+    return tensors
 
 
 def _holds_tensors(value: Any) -> bool:

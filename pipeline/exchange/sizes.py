@@ -50,7 +50,9 @@ def infer_sizes(encoder: Tensors, predictor: Tensors | None, heads: Heads, sourc
     """
     notes: list[str] = []
     found = _encoder(encoder, heads.encoder, source, notes)
-    guess = None if predictor is None else _predictor(predictor, heads.predictor, source, notes)
+    guess = None
+    if predictor is not None:
+        guess = _predictor(predictor, heads.predictor, source, notes)
     return Sized(encoder=found, predictor=guess, notes=tuple(notes))
 
 
@@ -66,15 +68,34 @@ def canonical(config: EncoderConfig) -> EncoderConfig:
 
 def expected_shapes(networks: Networks, *, teacher: bool = False) -> dict[str, Shape]:
     """Names and shapes of all weights of `networks`, `teacher.*` too if asked for."""
-    attention = networks.attention
-    with torch.device("meta"):
-        encoder = Encoder(networks.encoder, attention=attention).state_dict()
-        parts = {"encoder": encoder, **({"teacher": encoder} if teacher else {})}
-        if networks.predictor is not None:
-            width = networks.encoder.dims.width
-            predictor = Predictor(networks.predictor, encoder_width=width, attention=attention)
-            parts["predictor"] = predictor.state_dict()
+    encoder = new_encoder(networks).state_dict()
+    parts = {"encoder": encoder, **({"teacher": encoder} if teacher else {})}
+    if networks.predictor is not None:
+        parts["predictor"] = new_predictor(networks).state_dict()
     return {f"{p}.{n}": tuple(t.shape) for p, state in parts.items() for n, t in state.items()}
+
+
+def new_encoder(networks: Networks) -> Encoder:
+    """The encoder without weights, on torch's meta device."""
+    with torch.device("meta"):
+        return Encoder(networks.encoder, attention=networks.attention)
+
+
+def new_predictor(networks: Networks) -> Predictor:
+    """The predictor without weights, on torch's meta device.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if networks.predictor is None:
+        raise CheckpointError("There is no predictor, only an encoder.")
+    with torch.device("meta"):
+        return Predictor(
+            networks.predictor,
+            encoder_width=networks.encoder.dims.width,
+            attention=networks.attention,
+            levels=max(1, len(networks.encoder.levels)),
+        )
 
 
 def _encoder(tensors: Tensors, heads: int | None, source: str, notes: list[str]) -> EncoderConfig:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.sizes import Heads
@@ -15,6 +15,8 @@ class ImportOptions:
     """What a source does not tell about itself, and whoever imports it may know."""
 
     heads: Heads = field(default_factory=Heads)
+    positions: Literal["rope", "sincos"] = "rope"
+    """How an official checkpoint's tokens know their place: V-JEPA 2's, or V-JEPA 1's tables."""
     frames: int | None = None
     """Frames of the clips seen last in training."""
     resolution: int | None = None

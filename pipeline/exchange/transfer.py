@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.exchange.card import CARD_FILE, CardFacts, card
 from pipeline.exchange.difference import Difference, measure
-from pipeline.exchange.hf_export import CONFIG_FILE, hf_config, write_hf
+from pipeline.exchange.hf_export import CONFIG_FILE, hf_config, inexpressible, write_hf
 from pipeline.exchange.layout import EXCHANGE_FILE, WEIGHTS_STEM, Exchange, Networks, write_exchange
 from pipeline.exchange.names import official_recipe
 from pipeline.exchange.source import Source
@@ -92,6 +92,11 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
     if request.format == "hf":
         frames, resolution = _clip(networks)
         config = hf_config(networks, frames=frames, resolution=resolution)
+    elif request.format == "vjepa2" and (reasons := inexpressible(networks)):
+        raise CheckpointError(
+            f"V-JEPA 2's own code cannot express these networks: {'; '.join(reasons)}.",
+            remedy="Export them with --format safetensors.",
+        )
     with new_folder(out, force=request.force) as folder:
         if request.format == "hf":
             write_hf(folder, config, _counted(tensors, report))
