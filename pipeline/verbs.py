@@ -50,7 +50,7 @@ VERBS = (
     ),
     Verb(
         words="stop",
-        function="pipeline.commands.status:stop",
+        function="pipeline.commands.stop:stop",
         help="Ask a run to save and stop after the step it is in.",
     ),
     Verb(

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.config.load import resolved_yaml
+from pipeline.environment import free_port
 from pipeline.track.faults import read_faults, with_faults
 from pipeline.track.metrics import Event, read_events, read_metrics
 from tests.plain import tiny_config
@@ -24,6 +25,21 @@ def jepa(*words: object, module: str = "pipeline.cli", **changes: str) -> subpro
     env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def faulty(faults: list[dict], run: Path, *words: object, ranks: int = 2) -> subprocess.Popen:
+    """Starts ranks that make faults (`tests.workers.faulty_run`) under the local launcher."""
+    worker = ["-m", "tests.workers.faulty_run", *map(str, words)]
+    launcher = [str(ranks), str(free_port()), str(run)] if ranks > 1 else []
+    command = ["-m", "launch.local", *launcher, *worker] if launcher else worker
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "JEPA_TEST_FAULTS": json.dumps(faults)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -1,12 +1,16 @@
 """`jepa status` and `jepa stop` on runs in every state."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 
+from pipeline.checkpoint.save import SaveRequest, save
 from pipeline.cli import main
+from pipeline.engine.lease import acquire
 from pipeline.report.facts import gather
+from pipeline.track.faults import RankFault, write_fault
 from pipeline.track.folder import write_json
 from tests.run_folder import RunFolder, finished_run
 
@@ -34,6 +38,9 @@ def test_a_live_run_tells_its_place_rate_and_time_left(live, capsys):
     assert told["eta_seconds"] > 13 * 0.21 + 60 * 0.21
     assert told["health"] == "healthy"
     assert told["checkpoints"] == []
+    assert (told["owner"], told["last_good_checkpoint"]) == (None, None)
+    assert sum(told["phases"].values()) == pytest.approx(47 * 0.21 + 9.5 + 0.8, rel=0.1)
+    assert told["health_evidence"][0]["healthy"] == "above 0.1"
 
 
 def test_a_run_without_a_sign_of_life_is_silent_not_running(live, capsys, monkeypatch):
@@ -120,6 +127,75 @@ def test_an_mlflow_that_is_down_is_mentioned(live, capsys):
     write_json(live.path / "mlflow.json", {"state": "down", "error": "refused", "run_id": None})
     assert main(["status", str(live.path)]) == 0
     assert "does not answer: refused" in capsys.readouterr().out
+
+
+def test_the_last_words_of_other_ranks_are_told_with_the_cause_first(live, capsys):
+    lost = "PeerLostError: Rank 0 of 2 lost its peers"
+    write_fault(
+        live.path,
+        RankFault(attempt=1, rank=0, reason=lost, exit_code=76, kind="PeerLostError",
+                  time=live.clock + 0.4),
+    )  # fmt: skip
+    write_fault(
+        live.path,
+        RankFault(attempt=1, rank=1, reason="DataError: a worker died", exit_code=65,
+                  kind="DataError", host="gpu017", step=47, time=live.clock + 0.2),
+    )  # fmt: skip
+    told = status(live.path, capsys)
+    assert (told["state"], told["reason"]) == ("failed", "DataError: a worker died")
+    assert [(error["rank"], error["step"]) for error in told["errors"]] == [(1, 47), (0, None)]
+
+
+def test_the_owner_of_a_run_is_told_until_it_gives_the_run_up(live, capsys):
+    lease = acquire(live.path)
+    assert f"process {os.getpid()} on " in status(live.path, capsys)["owner"]
+    lease.release()
+    assert status(live.path, capsys)["owner"] is None
+
+
+def test_a_damaged_newest_checkpoint_is_told_beside_the_last_good_one(live, capsys):
+    for step in (20, 40):
+        write_commit(live.path, step)
+    assert status(live.path, capsys)["last_good_checkpoint"] == 40
+    weights = live.path / "checkpoints" / "step-00000040" / "weights"
+    weights.write_bytes(b"other")  # as many bytes
+    assert status(live.path, capsys)["last_good_checkpoint"] == 40
+    assert main(["status", str(live.path), "--json", "--verify"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["last_good_checkpoint"] == 20
+    assert "its digest differs" in told["damaged_checkpoints"]["40"]
+    weights.write_bytes(b"short"[:3])
+    assert status(live.path, capsys)["last_good_checkpoint"] == 20
+
+
+def write_weights(folder):
+    (folder / "weights").write_bytes(b"bytes")
+
+
+def write_commit(run, step):
+    (run / "checkpoints").mkdir(exist_ok=True)
+    result = save(
+        SaveRequest(
+            run_dir=run,
+            run_id="cafe",
+            step=step,
+            parent_step=None,
+            versions={},
+            write=write_weights,
+        )
+    )
+    assert result.failure is None
+
+
+def test_watching_ends_with_the_run(live, capsys, monkeypatch):
+    def sleep(_seconds):
+        live.event("end", step=47, reason="all stages are done")
+
+    monkeypatch.setattr("pipeline.commands.status.time.sleep", sleep)
+    assert main(["status", str(live.path), "--watch", "--json"]) == 0
+    told = capsys.readouterr().out
+    states = [line for line in told.splitlines() if line.startswith('  "state"')]
+    assert states == ['  "state": "running",', '  "state": "finished",']
 
 
 def test_stop_writes_the_file_that_the_loop_looks_for(live, capsys):

@@ -1,24 +1,33 @@
-"""`jepa status` and `jepa stop`."""
+"""`jepa status`."""
 
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.checkpoint.layout import checkpoints_dir, commit_name
+from pipeline.checkpoint.load import verify as verify_commit
 from pipeline.commands import JsonFlag, print_json
-from pipeline.errors import StorageError, UsageError
+from pipeline.engine.lease import look
 from pipeline.report.facts import RunFacts, gather
 from pipeline.report.head import state_sentence
 from pipeline.report.html import duration, moment, percent
 from pipeline.report.probes import Comparison, compare, learning_sentence
 from pipeline.stages import place_of_step
-from pipeline.track.folder import MLFLOW_FILE, STOP_FILE, read_json_object
+from pipeline.track.folder import MLFLOW_FILE, read_json_object
+from pipeline.track.rewinds import read_rewinds
 
 _ERRORS = ("fault", "save_failed")
+_ALARMS = ("health", "spike", "skip", "straggler", "rewind")
 _MOST_ERRORS = 3
+_WATCH_SECONDS = 2.0
+_ENDED = ("finished", "stopped", "failed", "not started")
 _COLOURS = {
     "running": "green", "finished": "green", "starting": "cyan", "stopping": "yellow",
     "stopped": "yellow", "silent": "red", "failed": "red", "not started": "yellow",
@@ -26,7 +35,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def status(run: Path, *, json: JsonFlag = False) -> None:
+def status(run: Path, *, watch: bool = False, verify: bool = False, json: JsonFlag = False) -> None:
     """Where a run stands: state, step, speed, time left, last checkpoint, errors, health, probes.
 
     Reads the run's folder alone, so it works on a run that goes on elsewhere as well as on a dead
@@ -34,51 +43,28 @@ def status(run: Path, *, json: JsonFlag = False) -> None:
 
     Args:
         run: Folder of the run.
-        json: Print everything as JSON.
+        watch: Show it again every two seconds until the run has ended.
+        verify: Compare every byte of the newest checkpoint with its digest; without it, its files
+            and their sizes.
+        json: Print everything as JSON; with --watch one document after the other.
     """
-    facts = gather(run)
     if json:
-        print_json(summary(facts))
+        _repeat(lambda: _print_once(run, verify=verify), run, watch=watch)
         return
     console = Console(highlight=False)
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for name, words in _lines(facts):
-        grid.add_row(name, words)
-    console.print(grid)
-
-
-def stop(run: Path, *, json: JsonFlag = False) -> None:
-    """Ask a run to save and stop after the step it is in.
-
-    Writes a file that the run looks for at every step, so it works from any machine that sees the
-    run's folder. The run can be continued with `jepa resume`.
-
-    Args:
-        run: Folder of the run.
-        json: Print the result as JSON.
-    """
-    facts = gather(run)
-    if facts.state in ("finished", "stopped", "failed", "not started", "starting"):
-        raise UsageError(
-            f"{run} cannot be stopped now. {state_sentence(facts)}",
-            remedy=f"`jepa status {run}` says how it stands.",
-        )
-    path = run / STOP_FILE
-    try:
-        path.write_text(f"asked for at {datetime.now(UTC).isoformat(timespec='seconds')}\n")
-    except OSError as error:
-        raise StorageError(f"Cannot write {path}: {error}") from error
-    if json:
-        print_json({"run": str(run), "stop_file": str(path), "state": facts.state})
+    if not watch:
+        console.print(_grid(gather(run), verify=verify))
         return
-    Console(highlight=False).print(_what_will_happen(facts), markup=False, soft_wrap=True)
+    with Live(console=console, auto_refresh=False) as live:
+        _repeat(
+            lambda: live.update(_grid(gather(run), verify=verify), refresh=True), run, watch=True
+        )
 
 
-def summary(facts: RunFacts) -> dict[str, Any]:
+def summary(facts: RunFacts, *, every_byte: bool = False) -> dict[str, Any]:
     """What `jepa status` knows, as plain data."""
     rates = facts.rates
+    good, bad = _good_checkpoint(facts, every_byte=every_byte)
     return {
         "run": str(facts.run_dir),
         "state": facts.state,
@@ -95,26 +81,55 @@ def summary(facts: RunFacts) -> dict[str, Any]:
         "eta_seconds": facts.eta_seconds,
         "loss": facts.steps[-1].report.loss if facts.steps else None,
         "checkpoints": list(facts.commits),
+        "last_good_checkpoint": good,
+        "damaged_checkpoints": bad,
+        "owner": _owner(facts),
         "num_starts": len(facts.ledger.attempts) if facts.ledger else 0,
         "effective_share": facts.ledger.effective_share if facts.ledger else None,
+        "phases": facts.ledger.phases if facts.ledger else None,
+        "left_out_steps": _left_out(facts),
         "num_faults": len(facts.faults),
-        "errors": _errors(facts),
+        "errors": _newest(facts, _ERRORS),
+        "alarms": _newest(facts, _ALARMS),
         "health": facts.health.state,
         "health_sentences": list(facts.health.sentences),
+        "health_evidence": [asdict(one) for one in facts.health.evidence],
         "probes": [_probe(comparison) for comparison in compare(facts.probes)],
         "mlflow": _mlflow(facts),
         "config_problem": facts.config_problem,
     }
 
 
-def _lines(facts: RunFacts) -> list[tuple[str, Text]]:
+def _print_once(run: Path, *, verify: bool) -> None:
+    print_json(summary(gather(run), every_byte=verify))
+
+
+def _repeat(show: Callable[[], None], run: Path, *, watch: bool) -> None:
+    show()
+    while watch and gather(run).state not in _ENDED:
+        time.sleep(_WATCH_SECONDS)
+        show()
+
+
+def _grid(facts: RunFacts, *, verify: bool) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, words in _lines(facts, every_byte=verify):
+        grid.add_row(name, words)
+    return grid
+
+
+def _lines(facts: RunFacts, *, every_byte: bool) -> list[tuple[str, Text]]:
     lines = [
         ("run", Text(str(facts.run_dir))),
         ("state", _coloured(facts.state, state_sentence(facts))),
         ("stage", Text(_stage(facts) or "–")),
         ("speed", Text(_speed(facts))),
-        ("checkpoint", Text(_checkpoint(facts))),
+        ("checkpoint", _checkpoint(facts, every_byte=every_byte)),
+        ("owner", Text(_owner(facts) or "nobody")),
         ("starts", Text(_starts(facts))),
+        ("time", Text(_phases(facts))),
         ("health", _coloured(facts.health.state, " ".join(facts.health.sentences))),
         ("probes", Text(learning_sentence(compare(facts.probes)))),
     ]
@@ -122,7 +137,12 @@ def _lines(facts: RunFacts) -> list[tuple[str, Text]]:
         last = facts.faults[-1]
         told = f"{len(facts.faults)} left out; the last, {last.get('key')}: {last.get('reason')}"
         lines.append(("samples", Text(told)))
-    lines += [("error", Text(f"{e['when']}: {e['message']}", style="red")) for e in _errors(facts)]
+    left_out = _left_out(facts)
+    if left_out:
+        lines.append(("left out", Text("steps " + ", ".join(f"{a} to {b}" for a, b in left_out))))
+    for name, words, style in (("alarm", _ALARMS, "yellow"), ("error", _ERRORS, "red")):
+        told = _newest(facts, words)
+        lines += [(name, Text(f"{e['when']}: {e['message']}", style=style)) for e in told]
     mlflow = _mlflow(facts)
     if mlflow is not None and mlflow["state"] == "down":
         lines.append(("mlflow", Text(f"does not answer: {mlflow['error']}", style="yellow")))
@@ -158,12 +178,53 @@ def _speed(facts: RunFacts) -> str:
     )
 
 
-def _checkpoint(facts: RunFacts) -> str:
+def _checkpoint(facts: RunFacts, *, every_byte: bool) -> Text:
     if not facts.commits:
-        return "none yet"
-    since = facts.last_step - facts.commits[-1]
-    ago = f", {since} steps ago" if since > 0 else ""
-    return f"step {facts.commits[-1]}{ago}; {len(facts.commits)} kept"
+        return Text("none yet")
+    good, bad = _good_checkpoint(facts, every_byte=every_byte)
+    told = Text("none is whole" if good is None else f"step {good}", "red" if good is None else "")
+    since = facts.last_step - (good or 0)
+    told.append(f", {since} steps ago" if since > 0 and good is not None else "")
+    checked = "every byte compared" if every_byte else "files and sizes compared"
+    told.append(f"; {len(facts.commits)} kept; {checked}")
+    for step, problem in bad.items():
+        told.append(f"\nstep {step} is damaged: {problem}", "red")
+    return told
+
+
+def _good_checkpoint(facts: RunFacts, *, every_byte: bool) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    bad: dict[int, str] = {}
+    for step in reversed(facts.commits):
+        path = checkpoints_dir(facts.run_dir) / commit_name(step)
+        problems = verify_commit(path, digests=every_byte)
+        if not problems:
+            return step, bad
+        if path.is_dir():  # else it has just been pruned
+            bad[step] = problems[0]
+    return None, bad
+
+
+def _owner(facts: RunFacts) -> str | None:
+    held = look(facts.run_dir)
+    if held is None or held.owner is None or held.owner.released:
+        return None
+    return f"{held.owner.words}, last sign {duration(held.age_seconds)} ago"
+
+
+def _left_out(facts: RunFacts) -> list[tuple[int, int]]:
+    return [(one.first_step, one.last_step) for one in read_rewinds(facts.run_dir)]
+
+
+def _phases(facts: RunFacts) -> str:
+    ledger = facts.ledger
+    if ledger is None or ledger.wall_seconds <= 0:
+        return "–"
+    parts = [
+        f"{name} {percent(seconds / ledger.wall_seconds, 0)}"
+        for name, seconds in ledger.phases.items()
+    ]
+    return f"{', '.join(parts)} of {duration(ledger.wall_seconds)}"
 
 
 def _starts(facts: RunFacts) -> str:
@@ -175,14 +236,15 @@ def _starts(facts: RunFacts) -> str:
     return f"{len(ledger.attempts)}; {share} of the time since the first went into steps{before}"
 
 
-def _errors(facts: RunFacts) -> list[dict[str, Any]]:
-    """The newest errors, newest last."""
-    found = [event for event in facts.events if event.name in _ERRORS]
+def _newest(facts: RunFacts, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The newest events of some names, newest last."""
+    found = [event for event in facts.events if event.name in names]
     return [
         {
             "event": event.name,
             "when": moment(event.time),
             "step": event.step,
+            "rank": event.details.get("rank"),
             "message": str(event.details.get("reason", event.name)),
         }
         for event in found[-_MOST_ERRORS:]
@@ -204,17 +266,3 @@ def _mlflow(facts: RunFacts) -> dict[str, Any] | None:
     found = read_json_object(facts.run_dir / MLFLOW_FILE)
     keys = ("tracking_uri", "run_id", "state", "error")
     return {key: found.get(key) for key in keys} if found else None
-
-
-def _what_will_happen(facts: RunFacts) -> str:
-    if facts.state == "silent":
-        return (
-            f"The stop file is written, but there has been no sign of life since "
-            f"{moment(facts.last_sign)}: nothing may be there to obey it."
-        )
-    rates = facts.rates
-    wait = f" (a step takes {duration(rates.step_seconds)})" if rates else ""
-    return (
-        f"Asked. The run finishes the step it is in{wait}, saves a checkpoint and ends with exit "
-        f"code 75. `jepa resume {facts.run_dir}` continues it."
-    )

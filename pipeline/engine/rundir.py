@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from pipeline.checkpoint.retain import clear_partials, set_aside_after
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
 from pipeline.engine.lease import Ownership
-from pipeline.environment import Launch, git_commit, machine
+from pipeline.environment import Launch, git_commit, machine, process_age_seconds
 from pipeline.errors import (
     CheckpointError,
     JepaError,
@@ -213,8 +214,10 @@ def _config_digest(run_dir: Path) -> str:
 
 
 def _note_start(run_dir: Path, launch: Launch, step: int, info: dict[str, Any]) -> int:
+    # When the process was started, not when it came here: imports are part of what a start costs.
+    began = datetime.fromtimestamp(time.time() - process_age_seconds(), UTC)
     entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": began.isoformat(timespec="milliseconds"),
         "step": step,
         "world_size": launch.world_size,
         "launcher": launch.launcher,

@@ -11,6 +11,7 @@ from pipeline.checkpoint.layout import list_commits
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UsageError
 from pipeline.run import RunConfig
+from pipeline.track.faults import read_faults, with_faults
 from pipeline.track.folder import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -101,7 +102,8 @@ class RunFacts:
     def rates(self) -> Rates | None:
         """Rates over the last steps."""
         reports = [step.report for step in self.steps[-_WINDOW_STEPS:]]
-        peak = self.config.track.peak_tflops if self.config else None
+        stated = self.config.track.peak_tflops if self.config else None
+        peak = stated if isinstance(stated, float) else None
         world_size = int(self.info.get("world_size", 1))
         return window_rates(reports, peak_tflops=peak, world_size=world_size)
 
@@ -131,8 +133,15 @@ class RunFacts:
         """Why the run ended as it did; empty if it goes on."""
         if self.state not in ("finished", "stopped", "failed"):
             return ""
-        event = next(e for e in reversed(self.events) if e.name in ("end", "stop", "fault"))
-        return str(event.details.get("reason", ""))
+        ends: list[Event] = []
+        for event in reversed(self.events):
+            if event.name in ("start", "resume"):
+                break
+            if event.name in ("end", "stop", "fault"):
+                ends.append(event)
+        # That a rank lost the others says nothing if one of those has told why.
+        causes = [event for event in ends if event.details.get("kind") != "PeerLostError"]
+        return str((causes or ends)[0].details.get("reason", ""))
 
     def _ending(self) -> State | None:
         """How the newest attempt ended, by its own word."""
@@ -169,7 +178,7 @@ def gather(run_dir: Path) -> RunFacts:
         config_problem=problem,
         info=read_run_info(run_dir),
         all_steps=read_all_metrics(run_dir),
-        events=read_events(run_dir),
+        events=with_faults(read_events(run_dir), read_faults(run_dir)),
         probes=read_probes(run_dir),
         faults=read_json_lines(run_dir / QUARANTINE_FILE).records,
         commits=tuple(commit.step for commit in list_commits(run_dir)),

@@ -15,6 +15,8 @@ _STARTS = ("start", "resume")
 _KINDS = ("training", "wait", "starting", "saving", "lost", "other")
 # Events that say why an attempt ended, the most telling first.
 _ENDINGS = ("fault", "stop", "end")
+# Their `seconds` are those for which the loop stood still: for a copy, or for a save before it.
+_SAVES = ("save_begun", "save", "save_failed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,22 @@ class Ledger:
     """Between the end of one attempt and the start of the next."""
     other_seconds: float
     """Gaps between steps that nothing explains, and what follows the last step."""
+    init_seconds: float
+    """The part of starting before data and networks: imports, and meeting the other ranks."""
     attempts: tuple[Attempt, ...]
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase of the run; they add up to `wall_seconds`."""
+        return {
+            "init": self.init_seconds,
+            "load": self.starting_seconds - self.init_seconds,
+            "step": self.training_seconds,
+            "stall": self.data_wait_seconds + self.other_seconds,
+            "save": self.saving_seconds,
+            "lost": self.lost_seconds,
+            "down": self.down_seconds,
+        }
 
     @property
     def effective_share(self) -> float:
@@ -74,7 +91,7 @@ def time_ledger(
     if not lives:
         return None
     kept = {id(step) for step in without_superseded(steps)}
-    spent: dict[str, float] = dict.fromkeys(_KINDS, 0.0)
+    spent: dict[str, float] = dict.fromkeys((*_KINDS, "init"), 0.0)
     for life in lives:
         _spend(life, kept, spent)
     down = sum(later.begin - earlier.end for earlier, later in pairwise(lives))
@@ -87,6 +104,7 @@ def time_ledger(
         lost_seconds=spent["lost"],
         down_seconds=down,
         other_seconds=spent["other"],
+        init_seconds=spent["init"],
         attempts=tuple(_attempt(life, is_last=life is lives[-1]) for life in lives),
     )
 
@@ -135,7 +153,8 @@ def _begins(event_times: Sequence[float], starts: Sequence[float]) -> list[float
 
 def _spend(life: _Life, kept: set[int], spent: dict[str, float]) -> None:
     """Walks one life from sign to sign and books each stretch."""
-    saves = [event for event in life.events if event.name == "save"]
+    saves = [event for event in life.events if event.name in _SAVES]
+    before = spent["starting"]
     clock = life.begin
     for number, step in enumerate(life.steps):
         gap = max(0.0, step.time - clock)
@@ -156,6 +175,13 @@ def _spend(life: _Life, kept: set[int], spent: dict[str, float]) -> None:
     saving = min(tail, _save_seconds(saves, clock, life.end + 1e-9))
     spent["saving"] += saving
     spent["other" if life.steps else "starting"] += tail - saving
+    spent["init"] += min(spent["starting"] - before, _init_seconds(life))
+
+
+def _init_seconds(life: _Life) -> float:
+    told = (event.details.get("start_up_seconds") for event in life.events if event.name in _STARTS)
+    phases = next((one for one in told if isinstance(one, dict)), {})
+    return float(phases.get("imports", 0.0)) + float(phases.get("meeting", 0.0))
 
 
 def _book_step(step: LoggedStep, inside: float, spent: dict[str, float]) -> None:

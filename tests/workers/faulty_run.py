@@ -1,0 +1,91 @@
+"""`jepa` with faults on order: JEPA_TEST_FAULTS holds them as JSON, the rest is the real thing.
+
+{"rank": 1, "step": 3, "fault": "nan"}      that rank's loss is not a number
+{"step": 4, "fault": "inf_gradient"}        a finite loss whose gradient is not
+{"step": 9, "fault": "spike"}               a loss a hundred times as large, gradient and all
+{"step": 5, "fault": "raise"}               an error of our own making
+{"rank": 1, "fault": "slow_write", "seconds": 4}   every save's writing takes longer
+{"rank": 1, "fault": "slow_data", "seconds": 0.2}  waiting for every micro-batch
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from pipeline.cli import main
+from pipeline.clip import Losses
+
+RANK = int(os.environ.get("RANK", "0"))
+FAULTS = [
+    one for one in json.loads(os.environ["JEPA_TEST_FAULTS"]) if one.get("rank", RANK) == RANK
+]
+
+
+def on_order(fault: str, step: int | None = None) -> dict | None:
+    for one in FAULTS:
+        if one["fault"] == fault and (step is None or one.get("step", step) == step):
+            return one
+    return None
+
+
+def spoil(losses: Losses, step: int) -> Losses:
+    total = losses.total
+    if on_order("nan", step):
+        name = min(losses.terms)
+        return replace(
+            losses,
+            total=total * torch.nan,
+            terms={**losses.terms, name: total.detach() * torch.nan},
+        )
+    if on_order("inf_gradient", step):
+        return replace(losses, total=total + (total - total.detach()).sqrt())
+    if on_order("spike", step):
+        return replace(losses, total=100 * total)
+    if on_order("raise", step):
+        raise ValueError(f"on order at step {step}")
+    return losses
+
+
+def spoil_loss() -> None:
+    from pipeline.engine import zero  # noqa: PLC0415 - not before the launcher has set us up
+
+    build = zero.build_objective
+
+    def build_spoilt(*arguments, **named):
+        objective = build(*arguments, **named)
+        compute = objective.loss
+        objective.loss = lambda batch, progress: spoil(compute(batch, progress), progress.step)
+        return objective
+
+    zero.build_objective = build_spoilt
+
+
+def slow_down() -> None:
+    from pipeline.data.loader import Loader  # noqa: PLC0415
+    from pipeline.engine.save import RankFiles  # noqa: PLC0415
+
+    write, following = RankFiles.write, Loader.__next__
+
+    def slow_write(self, folder):
+        told = on_order("slow_write")
+        time.sleep(told["seconds"] if told else 0)
+        return write(self, folder)
+
+    def slow_next(self):
+        told = on_order("slow_data")
+        time.sleep(told["seconds"] if told else 0)
+        batch = following(self)
+        self.wait_seconds += told["seconds"] if told else 0
+        return batch
+
+    RankFiles.write, Loader.__next__ = slow_write, slow_next
+
+
+if __name__ == "__main__":
+    spoil_loss()
+    slow_down()
+    sys.exit(main(sys.argv[1:]))
