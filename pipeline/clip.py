@@ -10,6 +10,7 @@ Shape letters, used in names' suffixes and end-of-line comments throughout the p
     P  tokens of several clips and masks, one sequence after the other
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -127,6 +128,13 @@ class ClipBatch:
         """Called by torch's DataLoader in its pinning thread."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the batch."""
+        for mask in self.masks:
+            yield from (mask.context_BK, mask.target_BK)
+        values = (getattr(self, field.name) for field in fields(self))
+        yield from (value for value in values if isinstance(value, Tensor))
+
     def _map(self, function: Any) -> "ClipBatch":
         changed: dict[str, Any] = {
             "masks": tuple(
@@ -218,3 +226,7 @@ class StepReport:
     """True if the update was left out because loss or gradient was not finite."""
     health: dict[str, float] | None = None
     """Collapse signals, on the steps where they are taken."""
+    hardware_flops: float = 0.0
+    """Model FLOPs and those of activations computed again."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: share of the peak of all devices; None where no peak is known."""

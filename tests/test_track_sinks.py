@@ -104,7 +104,7 @@ def test_without_a_terminal_there_is_a_plain_line_every_few_steps(run_dir):
     steps = [line.split("step ")[1].split("/")[0] for line in lines if "loss" in line]
     assert steps == ["1", "5", "10", "15", "20"]
     assert "stage 2/2: long from step 11, 8 clips a step, 64 tokens a clip" in lines
-    assert "4.0 clips/s  wait 5%  rank 12.5  ETA 0:00:00" in lines[-2]
+    assert "4.0 clips/s  256 tokens/s  wait 5%  1.0 GiB  rank 12.5  ETA 0:00:00" in lines[-2]
     assert lines[-1] == "save at step 20: seconds 1.5"
     assert "\x1b" not in text.getvalue()
 

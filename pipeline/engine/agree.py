@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.checkpoint.interval import SaveOutcome, SaveWord
 from pipeline.engine.stop import StopReason
 
-_NUM_NUMBERS = 10
+_NUM_NUMBERS = 11
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,10 @@ class RankWord:
     num_faults: int
     flops: float
     stop: StopReason
+    gradient_square: Tensor | None = None
+    """This rank's part of the squared norm of the whole gradient, a scalar on the device."""
+    recomputed_flops: float = 0.0
+    """Spent on computing activations again."""
     seconds_left: float = math.inf
     """Until this process is killed, as far as it knows."""
     save_seconds: float = 0.0
@@ -64,6 +68,9 @@ class Agreement:
     """Mean over ranks."""
     num_faults: int
     flops: float
+    recomputed_flops: float
+    gradient_norm: float
+    """Of the whole gradient; not finite if any of it is."""
     stop: StopReason
     seconds_left: float
     """Of the rank that is killed first."""
@@ -78,7 +85,11 @@ class Agreement:
 
 
 def agree(word: RankWord) -> Agreement:
-    """Puts the ranks' words together; every rank must call it once per step, with equal terms."""
+    """Puts the ranks' words together; every rank must call it once per step, with equal terms.
+
+    On a GPU this is where a step waits for its device, and the only place: what comes before has
+    been queued without a look at any result, and what the report says of a step is read here.
+    """
     names = sorted(word.terms)
     words = [_split(row, names) for row in _gather(_own_row(word, names)).tolist()]
     loss = _mean(one.measured["loss"] for one in words)
@@ -88,6 +99,8 @@ def agree(word: RankWord) -> Agreement:
         data_wait_seconds=_mean(one.pace.data for one in words),
         num_faults=round(sum(one.num_faults for one in words)),
         flops=sum(one.flops for one in words),
+        recomputed_flops=sum(one.recomputed_flops for one in words),
+        gradient_norm=_root(sum(one.gradient_square for one in words)),
         stop=max(one.stop for one in words),
         seconds_left=min(one.seconds_left for one in words),
         save_seconds=max(one.save_seconds for one in words),
@@ -114,8 +127,10 @@ class _Word:
 
     measured: dict[str, float]
     pace: RankPace
+    gradient_square: float
     num_faults: float
     flops: float
+    recomputed_flops: float
     stop: StopReason
     seconds_left: float
     save_seconds: float
@@ -130,14 +145,19 @@ def _own_row(word: RankWord, names: list[str]) -> Tensor:
         word.host_seconds,
         float(word.num_faults),
         word.flops,
+        word.recomputed_flops,
         float(word.stop),
         word.seconds_left,
         word.save_seconds,
         float(word.save.is_due),
         float(word.save.outcome),
     ]
-    measured = torch.stack([word.loss, *(word.terms[name] for name in names)]).detach().double()
-    return torch.cat([torch.tensor(numbers, dtype=torch.float64).to(measured.device), measured])
+    square = torch.zeros_like(word.loss) if word.gradient_square is None else word.gradient_square
+    values = [square, word.loss, *(word.terms[name] for name in names)]
+    measured = torch.stack([value.detach().double() for value in values])
+    # From page-locked memory: otherwise this copy would wait for the device on its own.
+    known = torch.tensor(numbers, dtype=torch.float64, pin_memory=measured.is_cuda)
+    return torch.cat([known.to(measured.device, non_blocking=True), measured])
 
 
 def _gather(row: Tensor) -> Tensor:
@@ -147,13 +167,16 @@ def _gather(row: Tensor) -> Tensor:
 
 
 def _split(row: list[float], names: list[str]) -> _Word:
-    numbers, measured = row[:_NUM_NUMBERS], row[_NUM_NUMBERS:]
-    data, compute, host, faults, flops, stop, seconds_left, save_seconds, is_due, outcome = numbers
+    numbers, square, measured = row[:_NUM_NUMBERS], row[_NUM_NUMBERS], row[_NUM_NUMBERS + 1 :]
+    data, compute, host, faults, flops, recomputed, *others = numbers
+    stop, seconds_left, save_seconds, is_due, outcome = others
     return _Word(
         measured=dict(zip(["loss", *names], measured, strict=True)),
         pace=RankPace(data=data, compute=compute, host=host),
+        gradient_square=square,
         num_faults=faults,
         flops=flops,
+        recomputed_flops=recomputed,
         stop=StopReason(int(stop)),
         seconds_left=seconds_left,
         save_seconds=save_seconds,
@@ -165,6 +188,10 @@ def _mean(values: Iterable[float]) -> float:
     # Not statistics.fmean, which refuses to add infinities of both signs.
     values = tuple(values)
     return sum(values) / len(values)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if square >= 0.0 else math.nan
 
 
 def _culprits(measured: dict[str, float]) -> list[tuple[str, float]]:

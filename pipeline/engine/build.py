@@ -15,10 +15,12 @@ from pipeline.config.load import resolved_yaml
 from pipeline.data.cursor import DataIdentity, check_same
 from pipeline.data.loader import Loader, make_loader
 from pipeline.engine.check import check_run
+from pipeline.engine.feed import DeviceFeed
 from pipeline.engine.init import Origin, load_initial, open_initial
 from pipeline.engine.resume import TakenUp, schedule_of, take_up
 from pipeline.engine.rundir import Start, Wish
 from pipeline.engine.supervision import Supervision
+from pipeline.engine.tune import StageTuner
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import Launch, seed_everything
 from pipeline.masks.collate import collate_plan
@@ -38,6 +40,9 @@ class Parts:
     run_id: str
     engine: ZeroEngine
     loader: Loader
+    feed: DeviceFeed
+    """The loader's micro-batches, on the device."""
+    tuner: StageTuner
     tracker: Tracker
     care: Supervision
     identity: DataIdentity
@@ -100,6 +105,7 @@ def build(
         taken_up = take_up(engine, start.found, config)
     elif given is not None:
         origin = load_initial(engine, config, given)
+    tracker = _tracker(config, launch, resume=state is not None)
     return Parts(
         origin=origin,
         taken_up=taken_up,
@@ -109,7 +115,9 @@ def build(
         run_id=start.run_id,
         engine=engine,
         loader=loader,
-        tracker=_tracker(config, launch, resume=state is not None),
+        feed=DeviceFeed(loader, device),
+        tuner=StageTuner(config, launch, device, engine, tracker),
+        tracker=tracker,
         care=care,
         identity=identity,
         first_step=first_step,

@@ -1,6 +1,5 @@
 """One optimiser step, from micro-batches to the teacher's move, and its report."""
 
-import math
 import resource
 import time
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from pipeline.engine.guards import Guards, Verdict
 from pipeline.engine.rundir import append_faults
 from pipeline.engine.zero import Update
 from pipeline.errors import DataError
+from pipeline.plan.account import batch_flops, batch_recomputed_flops
 from pipeline.stages import StagePlace, accumulation, place_of_step
+from pipeline.track.peaks import utilisation
 from pipeline.track.signals import collapse_signals
 
 # Enough clips for a rank, few enough that measuring it costs milliseconds.
@@ -43,6 +44,7 @@ def take_step(parts: Parts, step: int, guards: Guards) -> StepResult:
     begin = time.monotonic()
     config = parts.config
     place = place_of_step(config.stages, step)
+    parts.tuner.begin(place, step)
     progress = Progress(step=step, total_steps=config.num_steps, stage=place.index)
     gradient = _gradient(parts, place, progress, guards.own_pace(step))
     parts.care.watchdog.enter("agree")
@@ -50,7 +52,7 @@ def take_step(parts: Parts, step: int, guards: Guards) -> StepResult:
     parts.care.watchdog.enter("update")
     verdict = guards.judge(place, step, agreed)
     learning_rate, weight_decay = config.learning_rate(step), config.weight_decay(step)
-    update = _update(parts, verdict, learning_rate, weight_decay)
+    update = _update(parts, verdict, agreed, (learning_rate, weight_decay))
     # A step that was left out must not move the teacher either.
     logged = {} if update.skipped else parts.engine.objective.after_step(progress)
     health = _health(parts, gradient.features, step)
@@ -80,32 +82,37 @@ class _Gradient:
     """Features [b, n, D] of each micro-batch's clips, if the objective gives any."""
 
 
-def _update(parts: Parts, verdict: Verdict, learning_rate: float, weight_decay: float) -> Update:
+def _update(
+    parts: Parts, verdict: Verdict, agreed: Agreement, rates: tuple[float, float]
+) -> Update:
     if verdict.skip_reason is None:
-        return parts.engine.update(learning_rate, weight_decay)
+        return parts.engine.update(*rates, gradient_norm=agreed.gradient_norm)
     parts.engine.drop()
-    return Update(gradient_norm=math.nan, skipped=True)
+    return Update(gradient_norm=agreed.gradient_norm, skipped=True)
 
 
 def _gradient(
     parts: Parts, place: StagePlace, progress: Progress, pace: tuple[float, float]
 ) -> _Gradient:
     num = accumulation(place.stage, parts.config.global_batch, parts.launch.world_size)
-    waited, flops = 0.0, 0.0
+    waited, flops, recomputed = 0.0, 0.0, 0.0
     faults: list[SampleFault] = []
     sums: dict[str, Tensor] = {}
     features: list[Tensor] = []
     watchdog = parts.care.watchdog
     for number in range(num):
         watchdog.enter("data")
-        batch = _next_batch(parts, faults).to(parts.device)
-        waited += parts.loader.wait_seconds
+        batch = _next_batch(parts, faults)
+        waited += parts.feed.wait_seconds
         faults += batch.faults
-        flops += _flops(parts, batch)
+        flops += batch_flops(parts.config.objective, batch)
+        recomputed += batch_recomputed_flops(parts.config, batch, parts.tuner.recomputed)
         watchdog.enter("compute")
         losses = parts.engine.forward_backward(
             batch, progress, accumulation=num, last=number == num - 1
         )
+        # While the device computes; a CPU has nothing to copy and goes on at once.
+        parts.feed.ahead()
         _add(sums, losses, num)
         if losses.features_ND is not None:
             features.append(losses.features_ND.unflatten(0, (len(batch.keys), -1)))
@@ -115,6 +122,8 @@ def _gradient(
         data_wait_seconds=waited,
         num_faults=len(faults),
         flops=flops,
+        recomputed_flops=recomputed,
+        gradient_square=parts.engine.gradient_square(),
         stop=parts.care.stop.noted,
         seconds_left=parts.care.stop.seconds_left,
         save_seconds=max(watchdog.recent("save"), parts.saves.save_seconds),
@@ -127,7 +136,7 @@ def _gradient(
 
 def _next_batch(parts: Parts, faults: list[SampleFault]) -> ClipBatch:
     try:
-        batch = next(parts.loader)
+        batch = parts.feed.take()
     except DataError as error:
         # The run ends here: what led to it must be in the quarantine file, without a collective.
         append_faults(parts.run_dir, (*faults, *error.faults))
@@ -141,11 +150,6 @@ def _add(sums: dict[str, Tensor], losses: Losses, num: int) -> None:
     for name, value in {"total": losses.total, **losses.terms}.items():
         share = value.detach().float() / num
         sums[name] = sums[name] + share if name in sums else share
-
-
-def _flops(parts: Parts, batch: ClipBatch) -> float:
-    kept = [(m.context_BK.shape[1], m.target_BK.shape[1]) for m in batch.masks]
-    return len(batch.keys) * parts.config.objective.training_flops(batch.grid, kept)
 
 
 def _health(parts: Parts, features: tuple[Tensor, ...], step: int) -> dict[str, float] | None:
@@ -163,16 +167,20 @@ def _health(parts: Parts, features: tuple[Tensor, ...], step: int) -> dict[str, 
 
 
 def _measured(parts: Parts, agreed: Agreement, update: Update, begin: float) -> dict:
+    # Nobody waits for the device here: the agreement has, and it does so in every step, so what an
+    # update still takes after this line is counted in the step that follows.
+    seconds = time.monotonic() - begin
     if parts.device.type == "cuda":
-        torch.cuda.synchronize(parts.device)
         peak = torch.cuda.max_memory_allocated(parts.device) / 2**30
     else:
         # Linux gives the peak of the resident set in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
-        "step_seconds": time.monotonic() - begin,
+        "step_seconds": seconds,
         "data_wait_seconds": agreed.data_wait_seconds,
         "flops": agreed.flops,
+        "hardware_flops": agreed.flops + agreed.recomputed_flops,
+        "mfu": utilisation(agreed.flops, seconds, parts.tuner.peak, parts.launch.world_size),
         "num_faults": agreed.num_faults,
         "gradient_norm": update.gradient_norm,
         "skipped": update.skipped,

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
@@ -68,7 +69,8 @@ class ZeroEngine:
         _quieten()
         settings = deepspeed_settings(config, device)
         options = BuildOptions(
-            attention=config.attention, checkpoint_activations=config.activation_checkpointing
+            attention=config.attention,
+            checkpoint_activations=config.activation_checkpointing is True,
         )
         self._stage = config.zero.stage
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self._stage == 3):
@@ -102,20 +104,47 @@ class ZeroEngine:
         self._engine.backward(scaled)
         return losses
 
-    def update(self, learning_rate: float, weight_decay: float) -> Update:
-        """Takes the optimiser's step with these values for every group (no decay where none)."""
+    def gradient_square(self) -> Tensor:
+        """This rank's part of the squared norm of the whole gradient, once that is complete.
+
+        A scalar on the device that nobody has waited for; the sum over all ranks is the square.
+        """
+        if self._stage:
+            kept = self._engine.optimizer.averaged_gradients
+            gradients = [g for group in kept.values() for g in group or () if g is not None]
+            share = 1.0
+        else:
+            gradients = [
+                p.grad for p in self.objective.modules().parameters() if p.grad is not None
+            ]
+            share = 1.0 / dist.get_world_size()  # every rank holds the whole of it
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        return norm.double().square() * share
+
+    def update(
+        self, learning_rate: float, weight_decay: float, gradient_norm: float | None = None
+    ) -> Update:
+        """Takes the optimiser's step with these values for every group (no decay where none).
+
+        Args:
+            learning_rate: Of all groups.
+            weight_decay: Of the groups that are decayed.
+            gradient_norm: Norm of the whole gradient if it is known, as after an agreement of the
+                ranks: it saves asking the device for it again. DeepSpeed's own look at its norm
+                remains, which comes right after and finds next to nothing left to wait for.
+        """
         self.set_rates(learning_rate, weight_decay)
-        own_norm = None
-        if not self._stage:
+        if gradient_norm is None:
+            square = self.gradient_square()
+            dist.all_reduce(square)
+            gradient_norm = float(square.sqrt())
+        if not self._stage and not math.isfinite(gradient_norm):
             # Plain AdamW asks nobody whether the gradient is finite.
-            own_norm = self._gradient_norm()
-            if not math.isfinite(own_norm):
-                self._engine.zero_grad()
-                return Update(gradient_norm=own_norm, skipped=True)
+            self._engine.zero_grad()
+            return Update(gradient_norm=gradient_norm, skipped=True)
         self._engine.step()
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        norm = self._engine.get_global_grad_norm() if self._stage else own_norm
-        return Update(gradient_norm=float("nan") if norm is None else float(norm), skipped=skipped)
+        return Update(gradient_norm=gradient_norm, skipped=skipped)
 
     def set_rates(self, learning_rate: float, weight_decay: float) -> None:
         """Sets these values for every group (no decay where none) without taking a step."""
@@ -180,11 +209,6 @@ class ZeroEngine:
     def stale_copies(self) -> list[str]:
         """Weights of which the network computes with something else than the optimiser holds."""
         return self._state.stale_copies()
-
-    def _gradient_norm(self) -> float:
-        trained = self.objective.modules().parameters()
-        gradients = [p.grad for p in trained if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _average(self, student: nn.Module, teacher: nn.Module) -> TeacherAverage:
         names = {id(p): name for name, p in self.objective.modules().named_parameters()}

@@ -14,7 +14,7 @@ from pipeline.plan.work import (
     summarise,
 )
 from pipeline.run import RunConfig
-from pipeline.stages import accumulation, total_steps
+from pipeline.stages import Recompute, accumulation, total_steps
 
 _SECONDS_PER_HOUR = 3600.0
 # Most clips of Something-Something and Kinetics are shorter.
@@ -65,7 +65,8 @@ class RunPlan:
     encoder_params: int
     predictor_params: int
     zero_stage: int
-    activation_checkpointing: bool
+    activation_checkpointing: Recompute
+    """Of the run; a stage may have its own."""
     stages: tuple[StagePlan, ...]
     steps: int
     clips: int
@@ -115,7 +116,11 @@ def plan_run(
         machine=machine,
         global_batch=config.global_batch,
         encoder_params=encoder_params(networks.encoder),
-        predictor_params=predictor_params(networks.predictor, networks.encoder.dims.width),
+        predictor_params=predictor_params(
+            networks.predictor,
+            networks.encoder.dims.width,
+            levels=max(1, len(networks.encoder.levels)),
+        ),
         zero_stage=config.zero.stage,
         activation_checkpointing=config.activation_checkpointing,
         stages=stages,

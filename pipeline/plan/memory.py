@@ -11,9 +11,8 @@ from pipeline.stages import Stage
 
 _GIB = 2**30
 _FLOAT = 4
-# DeepSpeed's defaults, in elements: weights that are whole at one time, gradients reduced at once.
+# DeepSpeed's default, in elements: weights that are whole at one time.
 _MAX_LIVE = 1_000_000_000
-_REDUCE_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +43,8 @@ def memory_per_gpu(
       + fp32 master 4, in bf16 only) + T · (weights e + fp32 average 4, in bf16 only), each
       divided by N if the ZeRO stage partitions it (1 optimiser, 2 gradients, 3 weights; the
       average is cut like the weights);
-    - buffers under ZeRO-3: gathered weights e · min(P + T, 1e9) and gradients to reduce
-      e · min(P, 5e8), DeepSpeed's defaults;
+    - buffers under ZeRO-3: gathered weights e · min(P + T, 1e9, DeepSpeed's default) and gradients
+      to reduce e · min(P, zero.reduce_bucket_size);
     - activations of a token in a layer: e · (10 D + 2 M), which are its input, two normalised
       copies, q k v (3 D), rotated q and k (2 D), the attention's output twice, the middle of the
       block, and the MLP before and after its GELU; attention scores are never kept by a fused
@@ -61,10 +60,11 @@ def memory_per_gpu(
     states = _states(config, num_gpus)
     buffers = _buffers(config)
     full, checkpointed = (
-        _activations(config, stage, masks, checkpointing=checkpointing)
+        activation_bytes(config, stage, masks, checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
-    activations = checkpointed if config.activation_checkpointing else full
+    # `auto` keeps whatever fits, so what it needs at least is what counts.
+    activations = checkpointed if config.recompute(stage) else full
     return Memory(
         states_gib=states / _GIB,
         buffers_gib=buffers / _GIB,
@@ -79,9 +79,14 @@ def layer_bytes_per_token(dims: ModelDims, num_bytes: int) -> int:
     return num_bytes * (10 * dims.width + 2 * dims.mlp_hidden)
 
 
+def reserved_bytes(config: RunConfig, num_gpus: int) -> float:
+    """States and buffers: what of a GPU's memory is not there for activations."""
+    return _states(config, num_gpus) + _buffers(config)
+
+
 def _states(config: RunConfig, num_gpus: int) -> float:
     student, teacher = _params(config)
-    num_bytes = _bytes(config)
+    num_bytes = value_bytes(config)
     # In fp32 the weights are their own master copy and the teacher its own average.
     copy = 0 if num_bytes == _FLOAT else _FLOAT
     stage = config.zero.stage
@@ -98,13 +103,14 @@ def _states(config: RunConfig, num_gpus: int) -> float:
 def _buffers(config: RunConfig) -> float:
     student, teacher = _params(config)
     gathered = min(student + teacher, _MAX_LIVE) if config.zero.stage == 3 else 0
-    return _bytes(config) * (gathered + min(student, _REDUCE_BUCKET))
+    return value_bytes(config) * (gathered + min(student, config.zero.reduce_bucket_size))
 
 
-def _activations(
+def activation_bytes(
     config: RunConfig, stage: Stage, masks: Sequence[MaskTokens], *, checkpointing: bool
 ) -> float:
-    networks, num_bytes = networks_of(config), _bytes(config)
+    """What one micro-batch takes besides states and buffers; see `memory_per_gpu`."""
+    networks, num_bytes = networks_of(config), value_bytes(config)
     tokens = config.grid(stage.frames, stage.resolution).num_tokens
     dims = networks.encoder.dims
     passes = [(dims, mask.context_max) for mask in masks] + [
@@ -112,8 +118,11 @@ def _activations(
     ]
     if checkpointing:
         kept = sum(num_bytes * dim.width * dim.depth * count for dim, count in passes)
-        at_work = (layer_bytes_per_token(dim, num_bytes) * count for dim, count in passes)
-        kept += 2 * max(at_work, default=0)
+        # The tokens of all masks go through a block together.
+        at_work: dict[ModelDims, int] = {}
+        for dim, count in passes:
+            at_work[dim] = at_work.get(dim, 0) + layer_bytes_per_token(dim, num_bytes) * count
+        kept += 2 * max(at_work.values(), default=0)
     else:
         kept = sum(
             layer_bytes_per_token(dim, num_bytes) * dim.depth * count for dim, count in passes
@@ -129,8 +138,13 @@ def _params(config: RunConfig) -> tuple[int, int]:
     """Parameters that are trained, and those of the teacher."""
     networks = networks_of(config)
     teacher = encoder_params(networks.encoder)
-    return teacher + predictor_params(networks.predictor, networks.encoder.dims.width), teacher
+    return teacher + predictor_params(
+        networks.predictor,
+        networks.encoder.dims.width,
+        levels=max(1, len(networks.encoder.levels)),
+    ), teacher
 
 
-def _bytes(config: RunConfig) -> int:
+def value_bytes(config: RunConfig) -> int:
+    """Bytes of a number that networks compute in."""
     return 2 if config.precision == "bf16" else _FLOAT

@@ -11,6 +11,7 @@ from pipeline.plan.estimate import RunPlan, StagePlan
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _MINUTES_PER_DAY = 24 * 60
+_CHECKPOINTING = {True: "on", False: "off", "auto": "chosen for each stage"}
 
 
 def render(plan: RunPlan) -> Iterator[RenderableType]:
@@ -28,7 +29,7 @@ def render(plan: RunPlan) -> Iterator[RenderableType]:
     yield (
         f"\n[bold]Memory per GPU[/bold] in GiB, estimated: {_gpus(plan.machine.num_gpus)}, "
         f"ZeRO-{plan.zero_stage}; activations kept, or recomputed by activation checkpointing, "
-        f"which is {'on' if plan.activation_checkpointing else 'off'}"
+        f"which is {_CHECKPOINTING[plan.activation_checkpointing]}"
     )
     yield _memory(plan)
     machine = plan.machine

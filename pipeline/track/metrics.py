@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from pipeline.clip import StepReport
 from pipeline.config.section import Section
@@ -81,9 +81,10 @@ class TrackConfig(Section):
     MLflow; metrics.jsonl gets every step."""
     health_every_steps: int = Field(default=50, ge=1)
     """Steps between two measurements of feature rank and spread; each costs a few milliseconds."""
-    peak_tflops: float | None = Field(default=None, gt=0.0)
-    """Peak TFLOP/s of one of the GPUs at the run's precision (H100 SXM or H200 in dense bf16: 989);
-    the share of it that is reached is reported only if this is set."""
+    peak_tflops: PositiveFloat | Literal["measured"] | None = None
+    """Peak TFLOP/s of one device at the run's precision, of which the share that is reached is
+    reported; the maker's figure for the GPU in dense bf16 if null (H100 SXM or H200: 989), and
+    with `measured` that of a large matrix product on the device at start."""
     mlflow: MlflowConfig = MlflowConfig()
     """Sending the run to MLflow."""
 

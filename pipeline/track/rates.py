@@ -22,6 +22,8 @@ class Rates:
     """Part of the step time in which the loader was waited for."""
     mfu: float | None
     """Model FLOPs utilisation: useful FLOPs over the stated peak of all GPUs; None without one."""
+    peak_memory_gib: float
+    """Largest of the window."""
 
 
 def window_rates(
@@ -31,7 +33,7 @@ def window_rates(
 
     Args:
         reports: Consecutive steps; a window's worth, or all of a stage.
-        peak_tflops: Peak of one GPU; without it there is no MFU.
+        peak_tflops: Peak of one GPU; without it the reports' own MFU counts, if they have any.
         world_size: GPUs that shared the global batch.
 
     Returns:
@@ -50,7 +52,10 @@ def window_rates(
         clips_per_second=measured[-1].clips / step_seconds,
         tokens_per_second=measured[-1].tokens / step_seconds,
         wait_share=wait_share(measured),
-        mfu=flops_per_second / (peak_tflops * 1e12 * world_size) if peak_tflops else None,
+        peak_memory_gib=max(report.peak_memory_gib for report in measured),
+        mfu=flops_per_second / (peak_tflops * 1e12 * world_size)
+        if peak_tflops
+        else _own_mfu(measured[-1], step_seconds),
     )
 
 
@@ -94,6 +99,11 @@ def eta_seconds(steps: Sequence[LoggedStep], plan: Sequence[StageCost]) -> float
         if remaining > 0:
             seconds += remaining * measured.get(stage, seconds_per_flop * cost.flops_per_step)
     return seconds * _overhead(steps)
+
+
+def _own_mfu(report: StepReport, step_seconds: float) -> float | None:
+    """A step's MFU, as if it had taken the window's median time."""
+    return None if report.mfu is None else report.mfu * report.step_seconds / step_seconds
 
 
 def _median_seconds_by_stage(reports: Sequence[StepReport]) -> dict[int, float]:
