@@ -26,6 +26,7 @@ IMPORTERS = {
     "torchvision": ("pipeline/data/augment.py",),
     "webdataset": ("pipeline/data/stream.py", "pipeline/data/worker_imports.py", "data_prep/"),
     "av": ("pipeline/data/media.py", "data_prep/"),
+    "transformers": ("pipeline/exchange/difference.py",),
     "flash_attn": ("pipeline/models/attention.py",),
 }
 # Who may touch environment variables: the one reader, and those that set them for the processes

@@ -95,6 +95,11 @@ def _use(facts: CardFacts) -> str:
             f"\nPositions are laid out for {facts.networks.resolution} px: transformers computes "
             "wrong ones for any other size, jepa does not. A clip may be of any length.\n"
         )
+        if facts.networks.predictor is not None and facts.networks.predictor.num_mask_tokens > 1:
+            warning += (
+                "\nIts predictor always asks with the second mask token; a training with clips of "
+                "one length has used the first alone.\n"
+            )
     elif facts.format == "safetensors":
         code = (
             f'from pipeline.exchange import load_encoder\n\nencoder = load_encoder("{facts.name}")'

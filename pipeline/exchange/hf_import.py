@@ -44,12 +44,13 @@ def is_hf(path: Path) -> bool:
     return has_weights and (path / CONFIG_FILE).is_file()
 
 
-def read_hf(folder: Path, options: ImportOptions) -> Source:
+def read_hf(folder: Path, options: ImportOptions, *, digest: bool = True) -> Source:
     """Networks of a `VJEPA2Model` folder: the config names all sizes, the weights must have them.
 
     Args:
         folder: With config.json and safetensors, in one file or several with an index.
         options: Clip size, if it is not the config's; heads are the config's.
+        digest: Also read every byte for the digest that tells where networks are from.
 
     Raises:
         CheckpointError: The folder is no such model, or is not whole; every reason is named.
@@ -58,12 +59,15 @@ def read_hf(folder: Path, options: ImportOptions) -> Source:
     networks = _networks_of(config, folder, options)
     files = _weight_files(folder)
     tensors = translate(open_safetensors(files), expected_shapes(networks), hf_recipe, str(folder))
-    digests = {path.name: sha256_of(path) for path in (folder / CONFIG_FILE, *files)}
-    told = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    told: dict[str, Any] = {"format": "hf", "source": str(folder)}
+    if digest:
+        digests = {path.name: sha256_of(path) for path in (folder / CONFIG_FILE, *files)}
+        whole = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        told |= {"sha256": whole, "files": digests}
     return Source(
         networks=networks,
         tensors=tensors,
-        provenance={"format": "hf", "source": str(folder), "sha256": told, "files": digests},
+        provenance=told,
         notes=("the folder holds one encoder: it serves as student and as teacher",),
     )
 

@@ -49,7 +49,7 @@ def build_encoder(source: Source, which: Literal["teacher", "student"]) -> Encod
         raise CheckpointError(
             f"{source.provenance.get('exchange', source.provenance['source'])} holds the {role}'s "
             f"weights alone, the {which}'s were asked for.",
-            remedy=f"Ask for the {role}.",
+            remedy=f"Ask for the {role}, on the command line with --which {role}.",
         )
     return _filled(new_encoder(source.networks), source.encoder(which))
 

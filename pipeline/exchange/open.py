@@ -52,7 +52,7 @@ def open_networks(path: Path, step: int | None = None, *, verify: bool = True) -
     if is_exchange(path):
         return _of_exchange(path, verify=verify)
     if is_hf(path):
-        return read_hf(path, ImportOptions())
+        return read_hf(path, ImportOptions(), digest=verify)
     if path.is_file():
         raise UsageError(
             f"{path} is a file.",
