@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from pipeline.errors import ExitCode
 from pipeline.track.faults import RankFault, write_fault
 from pipeline.track.folder import start_times
@@ -112,10 +114,18 @@ def _wait(ranks: list[subprocess.Popen[bytes]], run_dir: Path | None) -> None:
             if status < 0 and run_dir is not None and run_dir.is_dir():
                 _write_down(run_dir, failure[0], -status)
             deadline = time.monotonic() + _GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None:
             for process in ranks:
-                process.kill()
+                if time.monotonic() > deadline or _is_stopped(process):
+                    process.kill()
         time.sleep(_POLL_SECONDS)
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it was stopped by a signal, so that it will never notice that the others are gone."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    return False
 
 
 def _failure(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:

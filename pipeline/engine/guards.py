@@ -18,9 +18,6 @@ from pipeline.errors import DataError, NumericsError
 from pipeline.stages import StagePlace
 from pipeline.track.health import HealthWatch
 
-# Timing the arithmetic takes a millisecond; a machine does not change from step to step.
-_PROBE_EVERY_STEPS = 5
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
@@ -53,7 +50,8 @@ class Guards:
 
     def own_pace(self, step: int) -> tuple[float, float]:
         """This rank's seconds for the arithmetic, and for what lay between the last two steps."""
-        if step % _PROBE_EVERY_STEPS == 0 or not self._compute_seconds:
+        # Timing it waits for the device, and a machine does not change from step to step.
+        if step % self._config.straggler_every_steps == 0 or not self._compute_seconds:
             self._compute_seconds = self._probe.seconds()
         return self._compute_seconds, self._host_end - self._host_begin
 
