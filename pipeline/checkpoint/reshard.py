@@ -44,7 +44,7 @@ class CommitTensors:
         wanted = [path for path in paths if path.startswith(kinds) and "/" not in path]
         # Own files first, then in rising order from there: neighbours are the likeliest next.
         own = f"-rank{rank:05d}."
-        wanted.sort(key=lambda path: (own not in path, path))
+        wanted.sort(key=lambda path: (own not in path, not path.startswith("weights"), path))
         self._unopened = wanted
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[_Place]] = {}

@@ -97,8 +97,10 @@ def _resume(run: Path, ranks: int | None, wish: Wish) -> ExitCode:
             markup=False,
         )
         return ExitCode.DONE
+    _must_have_saved(run, config, wish.step)
     if ranks is None and read_launch().launcher == "alone":
         ranks = _saved_ranks(run, wish.step)
+    _must_fit(config, ranks or read_launch().world_size)
     return _start(config, ranks, ["resume", str(run), *_flags(wish)], wish)
 
 
@@ -206,6 +208,32 @@ def _must_be_same(config: RunConfig) -> None:
 def _is_finished(run_dir: Path, config: RunConfig) -> bool:
     commits = layout.list_commits(run_dir)
     return bool(commits) and commits[-1].step == config.num_steps and not verify(commits[-1].path)
+
+
+def _must_have_saved(run_dir: Path, config: RunConfig, step: int | None) -> None:
+    """Asks before anything is started; whether the bytes are right is seen when they are read."""
+    if config.checkpoint.store is not None:
+        return  # what is not here may be there
+    if step is not None:
+        commit_of_step(run_dir, step)
+    elif not layout.list_commits(run_dir) and not layout.list_headless(run_dir):
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint to go on from.",
+            remedy="If it never saved any, start it with `jepa train CONFIG`.",
+        )
+
+
+def _must_fit(config: RunConfig, ranks: int) -> None:
+    """A run goes on at any number of ranks that shares its global batch in whole micro-batches."""
+    batch, sizes = config.global_batch, {stage.micro_batch for stage in config.stages}
+    fitting = [n for n in range(1, batch + 1) if all(batch % (size * n) == 0 for size in sizes)]
+    if ranks not in fitting:
+        raise ConfigError(
+            f"{ranks} ranks cannot share the run's global batch of {batch} clips in whole "
+            f"micro-batches of {', '.join(map(str, sorted(sizes)))}.",
+            remedy="These numbers of ranks can, with the same clips and masks at every step: "
+            f"{', '.join(map(str, fitting))}.",
+        )
 
 
 def _saved_ranks(run_dir: Path, step: int | None) -> int | None:
