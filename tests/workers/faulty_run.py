@@ -6,8 +6,10 @@
 {"step": 5, "fault": "raise"}               an error of our own making
 {"rank": 1, "fault": "slow_write", "seconds": 4}   every save's writing takes longer
 {"rank": 1, "fault": "slow_data", "seconds": 0.2}  waiting for every micro-batch
+{"rank": 1, "step": 2, "fault": "no_space"}  the file system is full from the save of that step on
 """
 
+import errno
 import json
 import os
 import sys
@@ -73,6 +75,9 @@ def slow_down() -> None:
     def slow_write(self, folder):
         told = on_order("slow_write")
         time.sleep(told["seconds"] if told else 0)
+        full = on_order("no_space")
+        if full and self.state["step"] >= full["step"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "half"))
         return write(self, folder)
 
     def slow_next(self):
