@@ -1,9 +1,9 @@
 """Whole runs through the command line: stop, resume, refuse, fail with the right exit code."""
 
-import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ import pytest
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.load import iterate_weights
 from pipeline.config.load import resolved_yaml
+from pipeline.engine.lease import acquire
 from pipeline.errors import ExitCode
 from pipeline.track.metrics import read_events, read_metrics
 from tests.plain import tiny_config
@@ -187,13 +188,10 @@ def test_a_run_is_never_started_over_an_existing_one(folder, whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_what_is_no_run_or_with_other_ranks_is_refused(folder, whole):
+def test_resuming_what_is_no_run_or_has_no_such_step_is_refused(folder, whole):
     code, output = finish(jepa("resume", folder / "no-such-run"))
     assert code == ExitCode.CONFIG
     assert "no-such-run" in output
-    code, output = finish(jepa("resume", whole, "--step", 4, "--ranks", 1))
-    assert code == ExitCode.CONFIG
-    assert "saved by 2 ranks" in output
     code, output = finish(jepa("resume", whole, "--step", 5))
     assert code == ExitCode.CONFIG
     assert "there are: 0, 4, 6" in output
@@ -236,11 +234,11 @@ def test_or_resume_starts_continues_and_refuses_another_configuration(folder, wh
 
 
 def test_a_second_job_on_a_run_is_refused(folder, whole):
-    with (whole / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, output = finish(jepa("resume", whole, "--step", 4))
+    lease = acquire(whole)
+    code, output = finish(jepa("resume", whole, "--step", 4))
+    lease.release()
     assert code == ExitCode.USAGE, output
-    assert "in use by another job" in output
+    assert f"in use by another job: process {os.getpid()} on {socket.gethostname()}" in output
     assert [c.step for c in layout.list_commits(whole)] == [0, 4, 6], "nothing was set aside"
 
 
@@ -255,6 +253,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(folder):
     ]
     code, output = finish(jepa("train", write_config(folder, "hot", stages=stages)))
     assert code == ExitCode.NUMERICS, output
+    assert "11 steps in a row were left out, allowed are 10" in output
     for commit in layout.list_commits(folder / "hot"):
         state = dict(iterate_weights(commit.path))
         assert all(weight.isfinite().all() for weight in state.values())
@@ -271,3 +270,5 @@ def test_a_killed_rank_ends_the_others_with_peer_lost(folder):
     code, output = finish(process)
     assert code == ExitCode.PEER_LOST, output
     assert layout.list_commits(folder / "killed"), "the last commit stands"
+    told = [event for event in read_events(folder / "killed") if event.name == "fault"]
+    assert told[-1].details["reason"] == "rank 1 was killed by signal 9 (SIGKILL)"

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.track.health import verdict
+from pipeline.objectives.jepa import Objective
+from pipeline.track.collapse import LIMITS
+from pipeline.track.health import HealthWatch, verdict
 from pipeline.track.signals import collapse_signals, effective_rank, sigreg_gauge
 from tests.test_track_metrics import REPORT
 
@@ -165,3 +167,27 @@ def test_many_skipped_updates_are_to_be_watched():
     health = verdict(reports)
     assert health.state == "watch"
     assert "6 of the last 60 updates" in health.sentences[0]
+
+
+def test_an_alarm_is_raised_once_when_features_become_worse_and_not_before():
+    watch, told = HealthWatch(), []
+    for report in history(falling(120), [20, 20, 20, 20, 20, 20, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2]):
+        told += [(report.step, alarm) for alarm in watch.watch(report)]
+    assert [step for step, _ in told] == [71]
+    assert told[0][1].startswith("the features went from healthy to collapsed: Nearly all")
+
+
+def test_evidence_gives_value_limit_and_since_when():
+    health = verdict(history(falling(60), [20, 20, 20, 1.2, 1.2, 1.2], std=0.5))
+    by_signal = {one.signal: one for one in health.evidence}
+    rank, spread = by_signal["effective_rank"], by_signal["feature_std"]
+    assert (rank.value, rank.healthy, rank.state, rank.since_step) == (
+        1.2, "above 3", "collapsed", 31,
+    )  # fmt: skip
+    assert (spread.state, spread.since_step) == ("healthy", 1)
+
+
+def test_gates_and_verdict_have_one_threshold():
+    (gate,) = [gate for gate in Objective.gates if gate.metric == "health.feature_std"]
+    (limit,) = [limit for limit in LIMITS if limit.signal == "feature_std"]
+    assert gate.threshold == limit.watch

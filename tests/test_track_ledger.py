@@ -24,6 +24,10 @@ class SimulatedRun:
         self.saved = 0
         self.spent = dict.fromkeys(("kept", "wait", "starting", "saving", "lost", "down"), 0.0)
 
+    @property
+    def clock_seconds(self):
+        return self.clock - 1000.0
+
     def play(self):
         while self.saved < self.num_steps:
             self.live()
@@ -88,6 +92,59 @@ def test_ten_thousand_deaths_still_sum_to_the_wall_time():
     )  # fmt: skip
     assert parts == pytest.approx(ledger.wall_seconds, rel=1e-9)
     assert ledger.wall_seconds == pytest.approx(run.clock - 1000.0)
+
+
+def test_the_phases_add_up_to_the_wall_time_and_agree_with_an_independent_count():
+    run = SimulatedRun(3, num_steps=300).play()
+    for event in run.events:
+        if event.name in ("start", "resume"):
+            event.details["start_up_seconds"] = {"imports": 2.0, "meeting": 0.5, "building": 4.0}
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    lives = len(ledger.attempts)
+    assert ledger.phases == pytest.approx(
+        {
+            "init": lives * 2.5,
+            "load": lives * (START - 2.5),
+            "step": run.spent["kept"],
+            "stall": run.spent["wait"],
+            "save": run.spent["saving"],
+            "lost": run.spent["lost"],
+            "down": run.spent["down"],
+        }
+    )
+    assert sum(ledger.phases.values()) == pytest.approx(ledger.wall_seconds)
+    assert ledger.effective_share == pytest.approx(run.spent["kept"] / run.clock_seconds)
+
+
+def test_a_save_behind_the_training_counts_for_what_it_stalled():
+    run = SimulatedRun(0, num_steps=4, lives=(100,))
+    run.event("start", step=0)
+    for step in range(1, 5):
+        run.take(step)
+        if step == 2:
+            run.clock += 0.5
+            run.event("save_begun", step=2, seconds=0.5)
+        if step == 3:
+            run.clock += 1.0
+            run.event("save", step=2, seconds=1.0, behind_seconds=2.5)
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    assert ledger.saving_seconds == pytest.approx(1.5)
+    assert ledger.other_seconds == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_time_that_a_hang_took_to_be_found_is_stall():
+    run = SimulatedRun(0, num_steps=2, lives=(100,))
+    run.event("start", step=0)
+    run.take(1)
+    run.take(2)
+    run.clock += 33.0
+    run.event("fault", step=3, reason="hang: rank 1 gives no sign of life")
+    ledger = time_ledger(run.steps, run.events)
+    assert ledger is not None
+    assert ledger.phases["stall"] == pytest.approx(33.0 + 2 * WAIT)
+    assert sum(ledger.phases.values()) == pytest.approx(ledger.wall_seconds)
 
 
 def test_an_attempt_says_why_it_ended():

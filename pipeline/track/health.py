@@ -84,7 +84,7 @@ class HealthWatch:
         self._measured.append(report)
         if len(self._measured) < SMOOTH:
             return []
-        now = verdict(self._measured)
+        now = verdict(list(self._measured))
         was, self._state = self._state, now.state
         if _WORSE.index(now.state) <= max(_WORSE.index(was), _WORSE.index("healthy")):
             return []
