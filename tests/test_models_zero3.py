@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from pipeline.clip import MaskSet
 from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import Encoder, EncoderConfig
+from pipeline.models.packing import target_tokens
 from pipeline.models.predictor import Predictor, PredictorConfig
 
 ENCODER = EncoderConfig(width=48, heads=2, depth=3, patch_size=8)
@@ -26,16 +28,31 @@ ZERO = {
 }
 
 
-class Pair(torch.nn.Module):
-    """Encoder and predictor with a scalar to minimise."""
+# ZeRO's stage, and whether blocks are compiled and masks packed, or recomputed and one by one.
+VARIANTS = {
+    "recomputed": (3, False),
+    "compiled-3": (3, True),
+    "compiled-2": (2, True),
+    "compiled-1": (1, True),
+    "compiled-0": (0, True),
+}
 
-    def __init__(self, recompute):
+
+class Pair(torch.nn.Module):
+    """Encoder and predictor with a scalar to minimise; `packed` runs both masks in one pass."""
+
+    def __init__(self, recompute, *, packed=False):
         super().__init__()
         options = {"attention": AttentionConfig(), "checkpoint_activations": recompute}
         self.encoder = Encoder(ENCODER, **options)
         self.predictor = Predictor(PREDICTOR, encoder_width=48, **options)
+        self.packed = packed
 
     def forward(self, clips, masks):
+        if self.packed:
+            predicted = self.predictor(self.encoder(clips, masks), masks, GRID)
+            parts = predicted.split(target_tokens(masks).per_mask)
+            return sum((part - 1).square().mean() for part in parts) / len(parts)
         losses = []
         for mask in masks:
             predicted = self.predictor(self.encoder(clips, mask.context_BK), mask, GRID)
@@ -79,21 +96,30 @@ def train_sharded(folder):
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
     rank = int(os.environ["RANK"])
-    torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=ZERO):
-        pair = Pair(recompute=True)
-    engine, *_ = deepspeed.initialize(model=pair, optimizer=optimizer_of(pair), config=ZERO)
+    saved = {}
+    for name, (stage, compiled) in VARIANTS.items():
+        settings = {**ZERO, "zero_optimization": {**ZERO["zero_optimization"], "stage": stage}}
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
+            pair = Pair(recompute=not compiled, packed=compiled)
+        if compiled:
+            pair.encoder.num_recomputed_blocks = 1
+            for network in (pair.encoder, pair.predictor):
+                network.compile_blocks(dynamic=True, backend="aot_eager")
+        engine, *_ = deepspeed.initialize(model=pair, optimizer=optimizer_of(pair), config=settings)
 
-    def gathered():
-        return {n: safe_get_full_fp32_param(p).clone() for n, p in pair.named_parameters()}
+        def gathered(pair=pair, stage=stage):
+            full: Any = safe_get_full_fp32_param if stage else torch.Tensor.detach
+            return {n: full(p).clone() for n, p in pair.named_parameters()}
 
-    start = gathered()
-    for step in range(STEPS):
-        engine.backward(engine(*batch(step, slice(2 * rank, 2 * rank + 2))))
-        engine.step()
-    end = gathered()
+        start = gathered()
+        for step in range(STEPS):
+            engine.backward(engine(*batch(step, slice(2 * rank, 2 * rank + 2))))
+            engine.step()
+        saved[name] = (start, gathered())
+        engine.destroy()
     if rank == 0:
-        torch.save((start, end), folder / "weights.pt")
+        torch.save(saved, folder / "weights.pt")
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +141,18 @@ def plain():
     return train_plainly()
 
 
-def test_sharding_at_construction_keeps_the_initial_weights(sharded, plain):
-    assert sharded[0].keys() == plain[0].keys()
-    assert all(torch.equal(sharded[0][name], plain[0][name]) for name in plain[0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sharding_at_construction_keeps_the_initial_weights(sharded, plain, variant):
+    start = sharded[variant][0]
+    assert start.keys() == plain[0].keys()
+    assert all(torch.equal(start[name], plain[0][name]) for name in plain[0])
 
 
-def test_recomputing_blocks_under_zero3_trains_like_a_plain_loop(sharded, plain):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputed_and_compiled_blocks_train_like_a_plain_loop(sharded, plain, variant):
+    """At every ZeRO stage, whose hooks gather and free the weights of compiled blocks too."""
     for name, value in plain[1].items():
-        torch.testing.assert_close(sharded[1][name], value.data, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(sharded[variant][1][name], value.data, atol=1e-6, rtol=1e-5)
     moved = (
         plain[1]["encoder.blocks.0.attn.qkv.weight"] - plain[0]["encoder.blocks.0.attn.qkv.weight"]
     )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.clip import Grid
 from pipeline.errors import ConfigError
 from pipeline.models.attention import AttentionConfig, Backend, check_backend
-from pipeline.models.layers import ModelDims, Route
+from pipeline.models.compiled import compile_block
+from pipeline.models.layers import Block, ModelDims, Route
 from pipeline.models.positions import sincos_positions
 from pipeline.models.rope import rotary_tables
 
@@ -56,6 +57,25 @@ class Network(nn.Module):
                 remedy="Ask for no more blocks than the network has.",
             )
         self._num_recomputed = number
+
+    def compile_blocks(self, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+        """Let torch generate code for the blocks; may be called again for a new stage.
+
+        Works beside recomputation and all ZeRO stages: see `models.compiled`. The first pass of
+        each kind (training, without gradients) then takes a minute or so.
+
+        Args:
+            dynamic: True for token counts that change from step to step, False for those that
+                never do, None to find out.
+            backend: torch's name of the compiler.
+
+        Raises:
+            ConfigError: The machine has no compiler.
+        """
+        device = next(self.parameters()).device
+        compiled = compile_block(dynamic=dynamic, backend=backend, device=device)
+        for block in self._stack():
+            cast("Block", block).compiled = compiled
 
     def _place(self, x: Tensor, index: Tensor, grid: Grid) -> Tensor:
         """Tokens [*index.shape, D] with what tells them their place added, if anything is."""
