@@ -234,9 +234,9 @@ def _named(checkpoint):
 def _assert_close(found: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
     """Norm of the difference, relative to the norm of the tensor.
 
-    Weights after 20 steps differ by less than 1e-6, but for the biases of keys by up to 8e-6: in the
-    tail that is not rotated softmax does not see them, so their gradient is zero but for rounding,
-    and AdamW makes steps of it.
+    Weights after 20 steps differ by less than 1e-6, but for the biases of keys by up to 8e-6: in
+    the tail that is not rotated softmax does not see them, so their gradient is zero but for
+    rounding, and AdamW makes steps of it.
     """
     found, expected = found.detach(), expected.detach()
     assert found.shape == expected.shape, name
