@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d
 
 from pipeline.checkpoint.pieces import Piece, TensorSource
 from pipeline.clip import ClipBatch, Losses, Progress
-from pipeline.engine.zero_held import shape_of
+from pipeline.engine.zero_held import own_gradients, shape_of
 from pipeline.engine.zero_state import ZeroState, refresh_gathered
 from pipeline.models.teacher import AveragedShard, TeacherAverage
 from pipeline.objectives import build_objective
@@ -110,8 +110,7 @@ class ZeroEngine:
         A scalar on the device that nobody has waited for; the sum over all ranks is the square.
         """
         if self._stage:
-            kept = self._engine.optimizer.averaged_gradients
-            gradients = [g for group in kept.values() for g in group or () if g is not None]
+            gradients = own_gradients(self._engine.optimizer)
             share = 1.0
         else:
             gradients = [
@@ -161,10 +160,8 @@ class ZeroEngine:
         if not self._stage:
             self._engine.zero_grad()
             return
-        kept = self._engine.optimizer.averaged_gradients
-        for gradient in (one for group in kept.values() for one in group or ()):
-            if gradient is not None:
-                gradient.fill_(math.nan)
+        for gradient in own_gradients(self._engine.optimizer):
+            gradient.fill_(math.nan)
         self._engine.step()
 
     def group_table(self) -> list[dict[str, Any]]:

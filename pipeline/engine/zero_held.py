@@ -92,6 +92,19 @@ def _held_whole(trained: dict[str, nn.Parameter], wrapper: Any, adamw: Any) -> I
             yield Held(name=name, shape=shape, start=0, master=flat, owner=master, offset=0)
 
 
+def own_gradients(wrapper: Any) -> list[Tensor]:
+    """This rank's part of the reduced gradient under ZeRO, live; no part is another rank's too.
+
+    Args:
+        wrapper: What DeepSpeed made of the optimiser.
+    """
+    if hasattr(wrapper, "averaged_gradients"):
+        groups = wrapper.averaged_gradients.values()
+        return [one for group in groups for one in group or () if one is not None]
+    # Stage 1 in bf16 is a class of its own, which keeps them in one tensor for each group.
+    return list(wrapper.fp32_groups_gradient_flat_partition)
+
+
 def own_share(numel: int) -> slice:
     """This rank's run of elements of a flattened tensor, as stage 3 cuts it."""
     return share(numel, dist.get_rank(), dist.get_world_size())
