@@ -6,7 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.clip import MaskSet
 from pipeline.models.attention import AttentionConfig
-from pipeline.models.cost import encoder_flops, encoder_params, predictor_flops, predictor_params
+from pipeline.models.cost import (
+    encoder_flops,
+    encoder_params,
+    encoder_pass_flops,
+    predictor_flops,
+    predictor_params,
+    predictor_pass_flops,
+)
 from pipeline.models.encoder import Encoder, EncoderConfig
 from pipeline.models.predictor import Predictor, PredictorConfig
 
@@ -75,6 +82,41 @@ def test_predictor_flops_equal_what_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         predictor(torch.zeros(1, 5, 48), mask, SMALL.grid(4, 32))
     assert counter.get_total_flops() == predictor_flops(SMALL_PREDICTOR, 48, 5, 11)
+
+
+LEVELS = SMALL.model_copy(update={"levels": (0, 2)})
+DENSE = SMALL_PREDICTOR.model_copy(update={"predict_context": True})
+
+
+def ragged_masks():
+    """Two masks of two clips that keep different numbers of tokens of their 32."""
+    rows = torch.arange(32).expand(2, -1)
+    return [
+        MaskSet(
+            context_BK=rows[:, :5],
+            target_BK=rows[:, 9:20],
+            context_lengths=(5, 3),
+            target_lengths=(7, 11),
+        ),
+        MaskSet(context_BK=rows[:, :4], target_BK=rows[:, 9:15]),
+    ]
+
+
+@pytest.mark.parametrize(("encoder", "predictor"), [(SMALL, SMALL_PREDICTOR), (LEVELS, DENSE)])
+@pytest.mark.parametrize("copies", [1, 4])
+def test_flops_of_a_packed_pass_equal_what_torch_counts(encoder, predictor, copies):
+    """Four times the masks keep more tokens than the clips have: each is embedded once."""
+    masks, grid, levels = ragged_masks() * copies, SMALL.grid(4, 32), len(encoder.levels) or 1
+    student = Encoder(encoder, attention=MATH)
+    guesser = Predictor(predictor, encoder_width=48, attention=MATH, levels=levels)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        context = student(torch.zeros(2, 3, 4, 32, 32), masks, levels=True)
+    assert counter.get_total_flops() == encoder_pass_flops(encoder, masks, grid)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        guesser(context, masks, grid)
+    assert counter.get_total_flops() == predictor_pass_flops(predictor, 48, masks, levels)
+    assert encoder_params(encoder) == num_params(student)
+    assert predictor_params(predictor, 48, levels) == num_params(guesser)
 
 
 def test_flops_of_a_full_size_clip_are_those_of_arithmetic_by_hand():

@@ -66,7 +66,7 @@ def context_tokens(masks: Sequence[MaskSet]) -> PackedTokens:
     """The context tokens of all masks of a micro-batch, packed."""
     return _packed(
         [mask.context_BK for mask in masks],
-        [_row_lengths(mask.context_BK, mask.context_lengths) for mask in masks],
+        [context_lengths(mask) for mask in masks],
     )
 
 
@@ -74,7 +74,7 @@ def target_tokens(masks: Sequence[MaskSet]) -> PackedTokens:
     """The target tokens of all masks of a micro-batch, packed."""
     return _packed(
         [mask.target_BK for mask in masks],
-        [_row_lengths(mask.target_BK, mask.target_lengths) for mask in masks],
+        [target_lengths(mask) for mask in masks],
     )
 
 
@@ -82,6 +82,16 @@ def gather_packed(x_BND: Tensor, tokens: PackedTokens) -> Tensor:
     """The tokens [P, D] that `tokens` names, of features [B, N, D] of all tokens."""
     rows_P = tokens.clip_P * x_BND.shape[1] + tokens.index_P
     return x_BND.flatten(0, 1).index_select(0, rows_P)
+
+
+def context_lengths(mask: MaskSet) -> Lengths:
+    """Context tokens that a mask keeps of each clip."""
+    return _row_lengths(mask.context_BK, mask.context_lengths)
+
+
+def target_lengths(mask: MaskSet) -> Lengths:
+    """Target tokens that a mask keeps of each clip."""
+    return _row_lengths(mask.target_BK, mask.target_lengths)
 
 
 def _row_lengths(index_BK: Tensor, lengths: Lengths | None) -> Lengths:
