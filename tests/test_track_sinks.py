@@ -22,6 +22,7 @@ from rich.console import Console
 from pipeline.environment import free_port
 from pipeline.errors import StorageError
 from pipeline.track.folder import read_json_object
+from pipeline.track.ledger import run_ledger
 from pipeline.track.metrics import (
     MlflowConfig,
     StageCost,
@@ -172,6 +173,10 @@ def test_one_mlflow_run_holds_a_run_that_was_stopped_and_resumed(run_dir):
     assert run.data.tags["jepa.host"] == socket.gethostname()
     assert {a.path for a in client.list_artifacts(first_id)} == {"config.yaml", "report.html"}
     assert any(key.startswith("system/cpu") for key in run.data.metrics)
+    ledger = run_ledger(run_dir)
+    assert run.data.metrics["time/effective_share"] == pytest.approx(
+        ledger.effective_share, abs=0.1
+    )
     assert not (Path.cwd() / "mlruns").exists()
 
 

@@ -8,8 +8,17 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
-from pipeline.track.metrics import Event, LoggedStep, without_superseded
+from pipeline.track.faults import read_faults, with_faults
+from pipeline.track.folder import start_times
+from pipeline.track.metrics import (
+    Event,
+    LoggedStep,
+    read_all_metrics,
+    read_events,
+    without_superseded,
+)
 
 _STARTS = ("start", "resume")
 _KINDS = ("training", "wait", "starting", "saving", "lost", "other")
@@ -107,6 +116,12 @@ def time_ledger(
         init_seconds=spent["init"],
         attempts=tuple(_attempt(life, is_last=life is lives[-1]) for life in lives),
     )
+
+
+def run_ledger(run_dir: Path) -> Ledger | None:
+    """The ledger of a run's folder, the last words of all its processes included."""
+    events = with_faults(read_events(run_dir), read_faults(run_dir))
+    return time_ledger(read_all_metrics(run_dir), events, start_times(run_dir))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

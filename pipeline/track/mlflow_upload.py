@@ -176,10 +176,10 @@ class Uploader:
 
     def _points(self, name: str, record: dict[str, Any]) -> Iterator[Metric]:
         if name == SYSTEM_FILE:
-            values = {f"system/{key}": value for key, value in record.items() if key != "time"}
+            named = {k if "/" in k else f"system/{k}": v for k, v in record.items() if k != "time"}
             if self._first_sample is None:
                 self._first_sample = _first_time(self._run_dir / name)
-            yield from _metrics(values, record["time"], round(record["time"] - self._first_sample))
+            yield from _metrics(named, record["time"], round(record["time"] - self._first_sample))
             return
         step = record["step"]
         is_due = step % self._job.log_every_steps == 0

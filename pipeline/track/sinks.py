@@ -19,8 +19,9 @@ from rich.console import Console
 from pipeline.clip import StepReport
 from pipeline.errors import StorageError
 from pipeline.track.console import ConsoleSink
-from pipeline.track.folder import CONFIG_FILE, EVENTS_FILE, METRICS_FILE
+from pipeline.track.folder import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, SYSTEM_FILE
 from pipeline.track.jsonl import JsonLinesWriter
+from pipeline.track.ledger import run_ledger
 from pipeline.track.metrics import (
     Event,
     LoggedStep,
@@ -63,6 +64,7 @@ class Tracker:
         self._metrics: JsonLinesWriter | None = None
         self._events: JsonLinesWriter | None = None
         self._mlflow: MlflowSink | None = None
+        self._run_dir = Path()
 
     def start(self, run_dir: Path, config_yaml: str, *, resume: bool) -> None:
         """Opens the run's records; appends to those of earlier attempts.
@@ -87,7 +89,10 @@ class Tracker:
             _write_text(run_dir / CONFIG_FILE, config_yaml)
         self._metrics = JsonLinesWriter(metrics)
         self._events = JsonLinesWriter(run_dir / EVENTS_FILE)
+        self._run_dir = run_dir
         if self._config.mlflow.enabled:
+            if resume:
+                self._record_ledger()
             self._mlflow = MlflowSink(self._config, run_dir, run_id=self._mlflow_run_id)
             self._pass_on(self._mlflow.start())
 
@@ -137,7 +142,20 @@ class Tracker:
         self._events.close()
         self._metrics = self._events = None
         if self._mlflow is not None:
+            self._record_ledger()
             self._pass_on(self._mlflow.close(status))
+
+    def _record_ledger(self) -> None:
+        """Where the time went so far, among the samples that go to MLflow."""
+        ledger = run_ledger(self._run_dir)
+        if ledger is None:
+            return
+        values = {f"time/{name}_seconds": seconds for name, seconds in ledger.phases.items()}
+        writer = JsonLinesWriter(self._run_dir / SYSTEM_FILE)
+        writer.write(
+            {"time": time.time(), "time/effective_share": ledger.effective_share, **values}
+        )
+        writer.close()
 
     def _pass_on(self, warning: str | None) -> None:
         if warning is not None:
