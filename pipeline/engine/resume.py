@@ -142,7 +142,7 @@ def _what_differs(commit_dir: Path, wrong: list[str], num_stale: int, num_unknow
     reasons = []
     if wrong:
         some = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        reasons.append(f"{len(wrong)} tensors are not what was saved: {some}")
+        reasons.append(f"tensors that are not what was saved, {len(wrong)} in all: {some}")
     if num_stale:
         reasons.append(f"{num_stale} weights of the network are not those of the optimiser")
     if num_unknown:

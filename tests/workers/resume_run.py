@@ -5,6 +5,8 @@ Reports, for each thing done, what the test compares: losses as hexadecimal numb
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from pipeline.checkpoint.load import find_commit
 from pipeline.engine.resume import take_up
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import Launch, join_process_group, read_launch
+from pipeline.errors import CheckpointError
 from pipeline.run import RunConfig
 from tests.plain import tiny_config
 from tests.workers.training import commit, fresh_engine, take_steps
@@ -34,7 +37,7 @@ def go_on(out: Path, launch: Launch, stage: int, precision: str, at: int, last: 
     run_dir = out / f"stage-{stage}-{precision}"
     engine = fresh_engine(config)
     take_steps(engine, config, launch, 1, at)
-    found = commit(engine, run_dir, launch, at)
+    found = commit(engine, config, run_dir, launch, at)
     without = take_steps(engine, config, launch, at + 1, last)
     again = fresh_engine(config)
     said = take_up(again, found, config).words
@@ -55,7 +58,7 @@ def pass_on(out: Path, launch: Launch, source: str, stage: int, steps: int) -> d
     before = held(engine)
     said = take_up(engine, found, config).words
     first = found.commit.step + 1
-    found = commit(engine, out / "passed-on", launch, found.commit.step)
+    found = commit(engine, config, out / "passed-on", launch, found.commit.step)
     losses = take_steps(engine, config, launch, first, first + steps - 1) if steps else []
     return {
         "said": said,
@@ -64,6 +67,37 @@ def pass_on(out: Path, launch: Launch, source: str, stage: int, steps: int) -> d
         "losses": losses,
         "draw": torch.rand(1).item(),
     }
+
+
+def refuse(out: Path, launch: Launch, source: str) -> dict:
+    """Takes up a run in ways in which something does not arrive, and tells what is said of it."""
+    config = long_config(3, "bf16", 60)
+    found = find_commit(Path(source))
+    name = next(n for n in found.manifest.fingerprints if n.startswith("exp_avg/predictor."))
+    prints = {**found.manifest.fingerprints, name: "0" * 16}
+    wrong = replace(found, manifest=replace(found.manifest, fingerprints=prints))
+    engine = fresh_engine(config)
+    said = {"name": name, "wrong": error_of(lambda: take_up(engine, wrong, config))}
+    small = engine.objective.modules().get_parameter("encoder.blocks.0.norm1.weight")
+    said["before"] = str(engine.stale_copies())
+    small.data.add_(1.0)
+    said["stale"] = str(engine.stale_copies())
+    deeper = config.objective.model_copy(
+        update={"predictor": config.objective.predictor.model_copy(update={"depth": 2})}
+    )
+    other = config.model_copy(update={"objective": deeper})
+    said["other"] = error_of(lambda: take_up(fresh_engine(other), found, other))
+    slower = long_config(3, "bf16", 61)
+    said["changes"] = str(take_up(fresh_engine(slower), found, slower).changes)
+    return said
+
+
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return f"{error} {error.remedy}"
+    return "nothing was wrong"
 
 
 def held(engine: ZeroEngine) -> dict[str, str]:
@@ -77,7 +111,7 @@ def held(engine: ZeroEngine) -> dict[str, str]:
 def main(out: Path, tasks: list[dict]) -> None:
     launch = read_launch()
     join_process_group(launch, torch.device("cpu"), timeout_seconds=60)
-    doings = {"go_on": go_on, "pass_on": pass_on}
+    doings = {"go_on": go_on, "pass_on": pass_on, "refuse": refuse}
     report = [doings[task.pop("do")](out, launch, **task) for task in tasks]
     (out / f"rank-{launch.rank}.json").write_text(json.dumps(report))
     dist.barrier()

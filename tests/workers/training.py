@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.load import Found, find_commit
 from pipeline.checkpoint.save import SaveRequest, save
 from pipeline.checkpoint.staging import HostCopies
+from pipeline.engine.resume import schedule_of
 from pipeline.engine.save import copy_rank_files
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import Launch, seed_everything
@@ -44,9 +45,12 @@ def take_steps(
     return losses
 
 
-def commit(engine: ZeroEngine, run_dir: Path, launch: Launch, step: int) -> Found:
+def commit(
+    engine: ZeroEngine, config: RunConfig, run_dir: Path, launch: Launch, step: int
+) -> Found:
     """Saves and publishes a step, and gives what a resume finds of it."""
-    state = {"step": step, "groups": engine.group_table()}
+    groups, schedule = engine.group_table(), schedule_of(config, step)
+    state = {"step": step, "groups": groups, "schedule": schedule}
     files = copy_rank_files(engine, HostCopies(), state)
     result = save(
         SaveRequest(

@@ -23,7 +23,7 @@ def main(out: Path, zero_stage: int, num_steps: int, changes: dict) -> None:
         for name, module in engine.objective.modules().named_modules()
         if name.startswith("teacher") and name.endswith("norm1")
     }
-    commit(engine, out, launch, num_steps)
+    commit(engine, config, out, launch, num_steps)
     report = {"losses": losses, "groups": engine.group_table(), "live": live}
     (out / f"rank-{launch.rank}.json").write_text(json.dumps(report))
     dist.barrier()
