@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.models.attention import attend
 from pipeline.models.attention_kernels import Kernel, why_not
 from pipeline.models.packing import Packing, packing_of
@@ -17,6 +18,7 @@ from pipeline.models.packing import Packing, packing_of
 _NOT_TIMED = {"math": "keeps all scores in memory", "sdpa-math": "keeps all scores in memory"}
 # What the kernels' own errors are: they compile at run time and check shapes in many ways.
 _FAILURES = (
+    ConfigError,
     RuntimeError,
     ValueError,
     TypeError,
