@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,6 +144,20 @@ def test_a_bf16_run_taken_up_from_an_older_step_repeats_its_losses_bit_for_bit(f
     assert not teacher.equal(teacher.bfloat16().float())
 
 
+def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_clips_and_says_that_it_arrived(
+    folder, whole
+):
+    run = shutil.copytree(whole, folder / "fewer")
+    code, output = finish(jepa("resume", run, "--step", 4, "--ranks", 1))
+    assert code == ExitCode.DONE, output
+    assert "saved with 2, running 1: resharded, fingerprints equal" in output
+    expected = [s.report.loss for s in read_metrics(whole)]
+    assert [s.report.loss for s in read_metrics(run)] == pytest.approx(expected, rel=1e-5)
+    worlds = [layout.read_manifest(c.path).world_size for c in layout.list_commits(run)]
+    assert worlds == [2, 2, 1], "the commits of steps 0 and 4 are the ones that were there"
+    assert json.loads((run / "run.json").read_text())["starts"][-1]["world_size"] == 1
+
+
 def test_torchrun_starts_the_same_run(folder, whole):
     config = write_config(folder, "torchrun")
     words = ["--nproc_per_node=2", "--rdzv_endpoint=127.0.0.1:0", "--rdzv_backend=c10d"]
@@ -207,6 +222,22 @@ def test_a_changed_dataset_is_refused_on_resume(folder, whole):
     assert code == ExitCode.CONFIG
     assert "other samples" in output
     assert [c.step for c in layout.list_commits(whole)] == [0, 4, 6], "nothing was set aside"
+
+
+def test_a_changed_dataset_may_be_gone_on_with_on_purpose_and_on_record(folder, whole):
+    run = shutil.copytree(whole, folder / "changed")
+    write_dataset(folder / "changed-data", 24, first_seed=100)
+    config = run / "config.yaml"
+    text = config.read_text().replace(str(folder / "data"), str(folder / "changed-data"))
+    config.write_text(text)
+    words = ("resume", run, "--step", 4, "--ranks", 1, "--allow-dataset-change")
+    code, output = finish(jepa(*words))
+    assert code == ExitCode.DONE, output
+    (told,) = [event for event in read_events(run) if event.name == "dataset_changed"]
+    assert "other samples" in told.details["reason"]
+    old, new = ([s.report.loss for s in read_metrics(folder)] for folder in (whole, run))
+    assert new[:4] == old[:4]
+    assert new[4] != pytest.approx(old[4], rel=1e-5), "other clips"
 
 
 def test_too_many_bad_samples_end_the_run_with_their_names_in_quarantine(folder):

@@ -96,7 +96,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others_with_phase_and_stacks(fol
     told = reasons(run, "fault")[-1]
     assert f"rank 1 on {socket.gethostname()} gives no sign of life since it was in" in told
     stacks = (run / "faults" / "stacks-rank-00000.txt").read_text()
-    assert "take_step" in stacks
+    assert "pipeline/engine/loop.py" in stacks
     assert "Thread" in stacks
 
 

@@ -56,7 +56,7 @@ def test_workers_and_their_server_leave_signals_to_the_training_process(folder):
         next(loader)
         server = multiprocessing.forkserver._forkserver._forkserver_pid
         for pid in [*loader.pids, server]:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(pid, number)
         assert len(list(loader)) == NUM_MICRO_BATCHES - 1
         assert psutil.pid_exists(server)

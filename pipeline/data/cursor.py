@@ -128,8 +128,8 @@ def check_same(
         raise CheckpointError(
             "the checkpoint was trained on other data than the configuration names now:\n"
             + "\n".join(f"  - {difference}" for difference in differences),
-            remedy="Put the data section and the datasets back as they were, or start a new run "
-            "under another name.",
+            remedy="Put the data section and the datasets back as they were, start a new run under "
+            "another name, or go on in spite of it: `jepa resume RUN --allow-dataset-change`.",
         )
     return differences
 

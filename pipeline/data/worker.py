@@ -25,7 +25,7 @@ OUT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGBUS)
 OUT_OF_TIME = -signal.SIGPROF
 # Slurm, Kubernetes and terminals signal whole process groups. The training process alone decides
 # what a signal means, and it needs its workers until the last step is saved.
-_SIGNALS_OF_THE_TRAINER = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_SIGNALS_OF_THE_TRAINER = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 # A thread that a library starts in the server is lost in the workers, and none is needed there.
 _SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

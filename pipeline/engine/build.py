@@ -64,6 +64,8 @@ class Parts:
     """Fencing token of this job."""
     rewinds: tuple[Rewind, ...] = ()
     """Steps that are left out."""
+    data_changes: tuple[str, ...] = ()
+    """In what the data differs from the checkpoint's, where that was allowed."""
 
     @property
     def run_dir(self) -> Path:
@@ -86,8 +88,10 @@ def build(
     """
     identity = check_run(config, launch.world_size)
     state = read_state(start.found.commit.path) if start.found else None
-    if state is not None and not wish.allow_dataset_change:
-        check_same(DataIdentity.from_dict(state["data"]), identity)
+    changes: tuple[str, ...] = ()
+    if state is not None:
+        saved, allowed = DataIdentity.from_dict(state["data"]), wish.allow_dataset_change
+        changes = check_same(saved, identity, allow_dataset_change=allowed)
     first_step = state["step"] + 1 if state else 1
     given = open_initial(config) if state is None else None
     # Workers start first: they import and decode while the networks are built.
@@ -127,6 +131,7 @@ def build(
         losses_before=tuple(state.get("recent_losses", ())) if state else (),
         token=start.token,
         rewinds=start.rewinds,
+        data_changes=changes,
     )
 
 

@@ -92,6 +92,8 @@ def _start_up(config: RunConfig, launch: Launch, wish: Wish, care: Supervision) 
         rejected=[str(bad) for bad in start.found.rejected] if start.found else [],
         **(parts.taken_up.to_dict() if parts.taken_up else {}),
     )
+    for change in parts.data_changes:
+        parts.tracker.event("dataset_changed", step=parts.first_step - 1, reason=change)
     if parts.origin is not None:
         parts.tracker.event("init_from", step=0, **parts.origin.to_dict())
     return parts
