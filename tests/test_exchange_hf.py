@@ -12,8 +12,14 @@ from pipeline.data.augment import evaluation_views, normalise, transforms
 from pipeline.errors import CheckpointError, ConfigError, ExitCode
 from pipeline.exchange import load_encoder, tensors
 from pipeline.exchange.hf_export import hf_config
+from pipeline.exchange.layout import Networks
 from pipeline.exchange.load import build_predictor
 from pipeline.exchange.open import open_networks
+from pipeline.exchange.sizes import expected_shapes
+from pipeline.exchange.source import Source
+from pipeline.exchange.tensors import of_dict
+from pipeline.exchange.transfer import import_networks
+from pipeline.models.encoder import EncoderConfig
 from tests.exchange_data import (
     CLIP,
     ENCODER,
@@ -202,6 +208,25 @@ def test_what_transformers_cannot_say_is_refused_with_every_reason(tmp_path, fol
     assert raised.value.remedy == "Export them with --format safetensors."
     with pytest.raises(ConfigError, match="multiple of patch_size"):
         hf_config(source.networks, frames=FRAMES, resolution=RESOLUTION + 1)
+
+
+def test_networks_of_several_levels_are_exchanged_but_not_said_to_transformers(tmp_path):
+    encoder = EncoderConfig(**ENCODER.model_dump() | {"levels": (0, 2)})
+    predictor = PREDICTOR.model_copy(update={"predict_context": True})
+    given = Networks(encoder=encoder, predictor=predictor, frames=FRAMES, resolution=RESOLUTION)
+    weights = {name: torch.randn(shape) for name, shape in expected_shapes(given).items()}
+    source = Source(networks=given, tensors=of_dict(weights), provenance={"format": "jepa"})
+    import_networks(source, tmp_path / "out", force=False, report=lambda *_: None)
+    opened = open_networks(tmp_path / "out")
+    assert opened.networks == given
+    assert torch.equal(
+        build_predictor(opened).predictor_proj_context.weight,
+        weights["predictor.predictor_proj_context.weight"],
+    )
+    with pytest.raises(
+        CheckpointError, match=r"encoder\.levels is \(0, 2\); predictor\.predict_con"
+    ):
+        hf_config(given, frames=FRAMES, resolution=RESOLUTION)
 
 
 def test_an_export_that_is_there_is_kept_unless_forced_and_nothing_else_is_removed(

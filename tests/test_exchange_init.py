@@ -4,6 +4,8 @@ Two ranks under ZeRO-3, in fp32 and in bf16: everything is compared for equality
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from pipeline.report.head import state_sentence
 from pipeline.track.metrics import read_events
 from tests.exchange_data import write_tiny
 from tests.probe_data import ssv2_task, write_run, write_ssv2
-from tests.ranks import run_on_ranks
+from tests.ranks import ROOT, run_on_ranks
 from tests.shards import write_dataset
 from tests.test_engine_run import finish, jepa, write_config
 
@@ -119,10 +121,29 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks_with_every_difference(
         assert part in said
 
 
+def test_one_call_loads_an_encoder_without_the_libraries_of_training(given):
+    folder, _ = given
+    code = (
+        "import sys; from pipeline.exchange import load_encoder; import torch\n"
+        f"encoder = load_encoder({str(folder / 'run')!r})\n"
+        "print(tuple(encoder(torch.zeros(1, 3, 4, 32, 32)).shape))\n"
+        "print({'deepspeed', 'ray', 'mlflow', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["(1, 32, 48)", "set()"]
+
+
 def test_jepa_train_starts_from_weights_and_tells_everywhere(given, tmp_path):
     folder, parts = given
     write_dataset(tmp_path / "data", 12)
     config = write_config(tmp_path, "begun")
+    dry = ["train", str(config), "--dry-run"]
+    assert main([*dry, f"init_from={folder / 'nowhere'}"]) == ExitCode.USAGE
+    too_many = "objective.predictor.num_mask_tokens=3"
+    assert main([*dry, f"init_from={folder / 'both'}", too_many]) == ExitCode.CONFIG
+    assert main([*dry, f"init_from={folder / 'both'}"]) == ExitCode.DONE
+    assert not (tmp_path / "begun").exists()
     words = [f"init_from={folder / 'both'}", "stages.0.steps=3", "stages.1.steps=1"]
     code, output = finish(jepa("train", config, *words))
     assert code == ExitCode.DONE, output
@@ -163,6 +184,8 @@ def test_a_probe_of_an_exchange_folder_is_the_probe_of_its_checkpoint(given, tmp
     run, ours, theirs = found
     assert (run["encoder_digest"], run["step"]) == (ours["encoder_digest"], ours["step"])
     assert [one["top1"] for one in found] == [run["top1"]] * 3
+    encoders = [load_encoder(path).state_dict() for path in (folder / "run", tmp_path / "hf")]
+    assert all(torch.equal(encoders[1][name], tensor) for name, tensor in encoders[0].items())
     assert theirs["step"] is None
     assert (tmp_path / "hf/probes/squares-imported-teacher-knn-seed0.json").is_file()
     assert main(["probe", str(tmp_path / "hf"), *words[:2], "--step", "3"]) == ExitCode.USAGE

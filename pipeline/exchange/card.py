@@ -138,7 +138,8 @@ def _training(facts: CardFacts) -> str:
     return (
         f"## Training\n\nStep {told['step']:,} of {told['num_steps']:,}; global batch "
         f"{told['global_batch']:,} clips; {told['clips_seen']:,} clips and "
-        f"{told['tokens_seen']:,} tokens seen; {told['precision']}, averages in fp32.\n\n"
+        f"{told['tokens_seen']:,} tokens seen; {told['precision']}, averages in fp32; code "
+        f"{_code(told)}.\n\n"
         + _table(headings, stages)
         + "\n### Data\n\n"
         + _table(("dataset", "samples", "weight", "digest"), sources)
@@ -193,6 +194,11 @@ def _positions(networks: Networks) -> str:
     if networks.attention.positions == "sincos":
         return "fixed table of sines and cosines, added to the tokens"
     return f"3-D rotary, {networks.attention.rope}"
+
+
+def _code(told: Mapping[str, Any]) -> str:
+    commits = [str(commit) for commit in told.get("code", []) if commit]
+    return f"`{commits[-1]}`" if commits else "of a version that was not recorded"
 
 
 def _weights(role: str) -> str:

@@ -25,7 +25,7 @@ def start(out: Path, launch: Launch, name: str, case: dict) -> dict:
     engine = fresh_engine(config)
     origin = load_initial(engine, config, source)
     optimizer_pieces = sum(piece.is_optimizer_state for piece in engine.pieces())
-    commit(engine, run_dir, launch, 0)
+    commit(engine, config, run_dir, launch, 0)
     # Small parameters have a gathered copy each, which is what the network computes with.
     live = {
         name: parameter.data.float().tolist()
