@@ -152,13 +152,15 @@ def test_a_time_limit_is_a_reason_to_stop_while_there_is_time_to_save(tmp_path):
     assert other.noted is StopReason.NONE, "one clock decides for all"
 
 
-@pytest.mark.parametrize(
-    ("settings", "seconds"),
-    [({"max_hours": 0.5}, 1800), ({"at": "2999-01-01T00:00:00+00:00"}, 3e10)],
-)
-def test_a_run_may_set_its_own_limit(tmp_path, settings, seconds):
-    left = StopWatch(tmp_path, is_main=True, config=StopConfig(**settings)).seconds_left
-    assert left == pytest.approx(seconds, rel=0.1)
+@pytest.mark.parametrize("settings", [{"max_hours": 0.5}, {"at": "2999-01-01T00:00:00+00:00"}])
+def test_a_run_may_set_its_own_limit_and_may_be_late(tmp_path, settings):
+    watch = StopWatch(tmp_path, is_main=True, config=StopConfig(**settings))
+    assert watch.seconds_left == float("inf")
+    assert watch.noted is StopReason.NONE
+    watch.expect(step_seconds=1.0, save_seconds=1700.0 if "max_hours" in settings else 1e11)
+    assert watch.noted is StopReason.NONE or "at" in settings
+    watch.expect(step_seconds=1.0, save_seconds=1740.0 if "max_hours" in settings else 1e11)
+    assert watch.noted is StopReason.TIME_LIMIT
 
 
 def test_the_grace_runs_from_the_first_signal_and_a_keyboard_gives_any(tmp_path):

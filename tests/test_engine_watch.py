@@ -167,6 +167,13 @@ def test_the_limit_is_thirty_seconds_and_three_times_the_slowest_of_recent_steps
     assert dog.limit_seconds + confirm == pytest.approx(30 + 3 * 2.0)
     stopping[0] = True
     assert dog.limit_seconds + confirm == pytest.approx(8 + 3 * 2.0), "the grace is running out"
+    dog.begin("save", 3, has_precedent=False)
+    assert dog.limit_seconds == 1800.0, "the first save has no precedent"
+    clock[0] += 0.1
+    dog.begin("save", 4)
+    clock[0] += 0.1
+    dog.begin("save", 5, allowance=300.0)
+    assert dog.limit_seconds > 300.0, "the copy is quick, but the last save is waited for"
 
 
 HANGING = """

@@ -27,7 +27,7 @@ class RankPace:
     compute: float = 0.0
     """A fixed piece of arithmetic on its device."""
     host: float = 0.0
-    """Between the former step's end and this one's begin: logging, saving, the system."""
+    """Between the former step's end and this one's begin, saves apart: logging, the system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

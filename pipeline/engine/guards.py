@@ -34,11 +34,13 @@ class Guards:
 
     Attributes:
         num_faults: Bad samples of the whole run, all ranks and attempts together.
+        save_seconds: What a save takes, as the ranks agreed after the last step.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._config = parts, parts.config.guards
         self.num_faults = parts.faults_before
+        self.save_seconds = 0.0
         self._num_skipped = 0
         self._num_spikes = 0
         self._spikes = SpikeWindow(self._config, parts.losses_before)
@@ -54,6 +56,10 @@ class Guards:
         if step % self._config.straggler_every_steps == 0 or not self._compute_seconds:
             self._compute_seconds = self._probe.seconds()
         return self._compute_seconds, self._host_end - self._host_begin
+
+    def rest(self) -> None:
+        """A step is done; what follows until the end of `watch` is this rank's own business."""
+        self._host_begin = time.monotonic()
 
     def counts(self) -> Counts:
         """What a checkpoint keeps for the next start."""
@@ -97,7 +103,7 @@ class Guards:
             NumericsError: Too many steps in a row were left out.
             DataError: The run has had more bad samples than it may, all attempts together.
         """
-        self._host_begin = time.monotonic()
+        self.save_seconds = agreed.save_seconds
         if report.num_faults:
             self.num_faults += report.num_faults
             record_faults(self._parts.run_dir, faults)

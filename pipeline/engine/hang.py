@@ -69,6 +69,7 @@ class Watchdog:
         self._attempt = 0
         self._place = ("start", 0)
         self._unit, self._begin, self._has_precedent = "start", time.monotonic(), False
+        self._allowance = 0.0
         self._taken: dict[str, deque[float]] = {}
         self._number = 0
         self._ended = threading.Event()
@@ -95,13 +96,16 @@ class Watchdog:
         self._run_dir = run_dir
         self._beat()
 
-    def begin(self, unit: str, step: int, *, has_precedent: bool = True) -> None:
+    def begin(
+        self, unit: str, step: int, *, has_precedent: bool = True, allowance: float = 0.0
+    ) -> None:
         """A new stretch with its own limit begins: `start`, `step`, `save` or `end`.
 
         Args:
             unit: Its kind; earlier ones of that kind say how long it may take.
             step: The run's step.
             has_precedent: False for a stage's first step, which compiles and allocates.
+            allowance: Seconds that it may take in any case.
         """
         now = time.monotonic()
         if self._has_precedent:
@@ -109,6 +113,7 @@ class Watchdog:
         if not has_precedent:
             self._taken.pop(unit, None)
         self._unit, self._begin, self._has_precedent = unit, now, has_precedent
+        self._allowance = allowance
         self._place = ("data" if unit == "step" else unit, step)
 
     def enter(self, phase: str) -> None:
@@ -130,7 +135,7 @@ class Watchdog:
         if not self._has_precedent or not taken:
             return max(self._config.slow_phase_seconds, patience)
         slowest = sorted(taken)[int(0.99 * (len(taken) - 1))]
-        return patience + 3 * slowest
+        return patience + max(3 * slowest, self._allowance)
 
     def stop(self) -> None:
         """Ends the watch and takes the heartbeat away."""
@@ -179,7 +184,9 @@ class Watchdog:
         after = read_beats(self._run_dir)
         if self._begin != begin or self._ended.is_set():
             return
-        who = culprit(before, after, self._world_size)
+        who = "the ranks had not met yet"
+        if self._run_dir is not None:
+            who = culprit(before, after, self._world_size)
         reason = f"hang: {self._unit} of step {step} took more than {seconds:.0f} s; {who}"
         if self._run_dir is not None:
             self._write_stacks(self._run_dir)

@@ -138,6 +138,7 @@ def _loop(parts: Parts, saver: Saver) -> _Ending | None:
             parts.tracker.event("stage", step=step, stage=place.stage.name)
         stage = place.index
         result = take_step(parts, step, guards)
+        guards.rest()
         care.watchdog.enter("log")
         care.ownership.check()
         parts.tracker.log(result.report)
@@ -148,6 +149,7 @@ def _loop(parts: Parts, saver: Saver) -> _Ending | None:
         ending = _save_if_due(parts, saver, guards, result)
         if ending is not None:
             return ending
+    _begin_save(parts, config.num_steps, 0.0)
     saver.finish(last=True)  # in flight if the steps after it are left out
     return None
 
@@ -181,8 +183,15 @@ def _save_if_due(parts: Parts, saver: Saver, guards: Guards, result: StepResult)
     return None if stop is StopReason.NONE else _Ending(words=stop.words)
 
 
+def _begin_save(parts: Parts, step: int, save_seconds: float) -> None:
+    """A save may wait for the one before it, and writing may take ten times what it took so far."""
+    parts.care.watchdog.begin(
+        "save", step, has_precedent=save_seconds > 0, allowance=10 * save_seconds
+    )
+
+
 def _save(parts: Parts, saver: Saver, guards: Guards, step: int, *, last: bool) -> None:
-    parts.care.watchdog.begin("save", step)
+    _begin_save(parts, step, guards.save_seconds)
     parts.care.ownership.check()
     saver.commit(step, guards.counts(), last=last)
 
@@ -193,6 +202,7 @@ def _rewind(parts: Parts, saver: Saver, spike: Spike) -> _Ending:
     Raises:
         NumericsError: The run has been rewound too often.
     """
+    _begin_save(parts, spike.step, 0.0)
     saver.finish()
     config = parts.config.guards
     if len(parts.rewinds) >= config.max_rewinds:

@@ -68,7 +68,10 @@ class StopWatch:
         hours = None if config.max_hours is None else time.time() + 3600 * config.max_hours
         limits = [limit for limit in (config.at_unix, hours, job_end) if limit is not None]
         # Deadlines are kept on the monotonic clock: the wall clock may be set meanwhile.
-        self._end = min(limits, default=math.inf) - time.time() + time.monotonic()
+        clock = time.monotonic() - time.time()
+        self._end = min(limits, default=math.inf) + clock
+        # Nobody kills a run for a limit of its own: it may be late.
+        self._job_end = math.inf if job_end is None else job_end + clock
         self._need = self._margin = config.margin_seconds
 
     @property
@@ -84,7 +87,7 @@ class StopWatch:
     @property
     def seconds_left(self) -> float:
         """Until this process is killed, as far as is known; infinite if nothing is."""
-        return min(self._kill_at, self._end) - time.monotonic()
+        return min(self._kill_at, self._job_end) - time.monotonic()
 
     def expect(self, *, step_seconds: float, save_seconds: float) -> None:
         """Tells how long before a time limit the run has to begin its last save."""
