@@ -27,7 +27,7 @@ def main(out: Path, checkpoint: str, heads: list[int], num_steps: int, changes: 
         report[f"lacking-{stage}"] = engine.load_weights(WholeTensors(dict(source.tensors)))
         losses = take_steps(engine, tiny_config(stage, **changes), launch, 1, num_steps)
         report[f"losses-{stage}"] = losses
-        commit(engine, out / f"zero-{stage}", launch, num_steps)
+        commit(engine, tiny_config(stage, **changes), out / f"zero-{stage}", launch, num_steps)
     (out / f"rank-{launch.rank}.json").write_text(json.dumps(report))
 
 
