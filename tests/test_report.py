@@ -78,7 +78,8 @@ def page(finished):
 def test_the_page_is_one_file_of_well_formed_html(page):
     checker = check(page)
     assert checker.headings == [
-        "Probe scores", "Loss", "Health of the features", "Feature maps", "Stages", "Speed",
+        "Probe scores", "Loss", "Health of the features", "Feature maps", "Stages",
+        "What masks keep, over a clip's time", "Speed",
         "Time", "Schedules", "Events", "Samples left out", "Configuration",
     ]  # fmt: skip
     assert len(page) < 2_000_000

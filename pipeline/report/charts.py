@@ -74,6 +74,8 @@ class Chart:
     from_zero: bool = False
     level: tuple[str, float] | None = None
     """A labelled horizontal line, such as chance."""
+    along: str = "step"
+    """What the horizontal axis counts."""
 
 
 def svg(chart: Chart) -> str:
@@ -114,7 +116,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step", fontsize=7)
+    axes.set_xlabel(chart.along, fontsize=7)
     axes.tick_params(length=2.5, width=0.6)
 
 

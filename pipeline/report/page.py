@@ -12,6 +12,7 @@ from pipeline.report.facts import RunFacts, gather
 from pipeline.report.features import FeatureMapRow
 from pipeline.report.head import head
 from pipeline.report.html import text
+from pipeline.report.masks import masks_section
 from pipeline.report.probes import compare
 from pipeline.report.style import CSS
 from pipeline.report.tables import (
@@ -74,6 +75,7 @@ def render(
         features_section(facts),
         maps_section(facts, feature_maps, left_out),
         stage_section(facts),
+        masks_section(facts.config),
         speed_section(facts),
         time_section(facts),
         schedule_section(facts),
