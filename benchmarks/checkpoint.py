@@ -1,8 +1,9 @@
 """How long training stands still for a checkpoint: ours, DeepSpeed's, and plain torch.save.
 
-Two ranks train and save the same state in turn by all three, so that whatever else the machine
-does disturbs all alike. Standing still is what the slowest rank needs until it may go on; ours
-goes on after the copy, and what steps beside the writing cost is measured too.
+Two ranks train and save the same state in turn by all kinds, so that whatever else the machine
+does disturbs all alike. Standing still is what the slowest rank needs until it may go on. Ours
+copies beside the next step's gradients and writes beside the steps after it: to its standing still
+counts how long the update waits for the copy, and what those steps take longer is measured as well.
 
     python -m benchmarks.checkpoint [--width N] [--depth N] [--rounds N] [--dry]
 """
@@ -14,8 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,9 @@ from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.interval import derive_interval
 from pipeline.checkpoint.save import SaveRequest, SaveResult, save
 from pipeline.checkpoint.staging import HostCopies
-from pipeline.engine.save import copy_rank_files
+from pipeline.engine.save import RankFiles, rank_files
 from pipeline.environment import read_launch
+from pipeline.files import sync_file
 from pipeline.run import RunConfig
 
 _NUM_RANKS = 2
@@ -75,26 +79,48 @@ class _Bench:
         self._copies = HostCopies()
         self._background: Background[SaveResult] = Background()
         self._num_saves = 0
+        self._copied = threading.Event()
+        self._copied.set()
+        self._held_up_seconds = 0.0
+        self._update = self._step.engine.update
+        self._step.engine.update = self._wait_and_update
 
     def run(self) -> dict[str, Any]:
         """All rounds; the first one, which makes buffers and warms caches, is left out."""
         for _ in range(_WARM_UP_STEPS):
             self._take()
-        kinds = {"ours": self._ours, "deepspeed": self._deepspeed, "torch_save": self._torch_save}
-        stalls: dict[str, list[float]] = {kind: [] for kind in kinds}
+        others = {
+            "deepspeed": self._deepspeed,
+            "torch_save": self._torch_save,
+            "torch_save_durable": self._torch_save_durable,
+        }
+        stalls: dict[str, list[float]] = {kind: [] for kind in ("ours", *others)}
         steps: list[float] = []
+        besides: list[_Beside] = []
         for _ in range(1 + self._arguments.rounds):
-            for kind, stand_still in kinds.items():
-                stalls[kind].append(self._slowest(stand_still))
-                self._settle()
             steps.append(self._take())
+            besides.append(self._beside())
+            stalls["ours"].append(besides[-1].stall_seconds)
+            for kind, stand_still in others.items():
+                stalls[kind].append(self._slowest(stand_still))
         stalls = {kind: seconds[1:] for kind, seconds in stalls.items()}
-        beside, behind = self._beside()
-        return self._figures(stalls, steps[1:], beside, behind)
+        return self._figures(stalls, steps[1:], besides[1:])
 
-    def _ours(self) -> None:
-        request = self._request()
-        self._background.start(lambda: save(request))
+    def _begin_ours(self) -> None:
+        request, files = self._request()
+        self._copied.clear()
+        self._background.start(lambda: self._save(request, files))
+
+    def _save(self, request: SaveRequest, files: RankFiles) -> SaveResult:
+        copied = files.copied(self._copies)
+        self._copied.set()
+        return save(replace(request, write=copied.write))
+
+    def _wait_and_update(self, *arguments: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        self._copied.wait()
+        self._held_up_seconds += time.perf_counter() - begin
+        return self._update(*arguments, **named)
 
     def _deepspeed(self) -> None:
         self._step.engine._engine.save_checkpoint(str(self._folder / "deepspeed"), tag="state")
@@ -104,10 +130,14 @@ class _Bench:
         tensors = {piece.name: piece.flat.clone() for piece in self._step.engine.pieces()}
         torch.save(tensors, self._folder / f"torch-{dist.get_rank()}.pt")
 
-    def _request(self) -> SaveRequest:
+    def _torch_save_durable(self) -> None:
+        self._torch_save()
+        sync_file(self._folder / f"torch-{dist.get_rank()}.pt")
+
+    def _request(self) -> tuple[SaveRequest, RankFiles]:
         self._num_saves += 1
-        files = copy_rank_files(self._step.engine, self._copies, {"step": self._num_saves})
-        return SaveRequest(
+        files = rank_files(self._step.engine, {"step": self._num_saves})
+        request = SaveRequest(
             run_dir=self._folder,
             run_id="bench",
             step=self._num_saves,
@@ -118,6 +148,7 @@ class _Bench:
             world_size=dist.get_world_size(),
             num_bytes=files.num_bytes,
         )
+        return request, files
 
     def _settle(self) -> None:
         """Waits for the save behind, so that it does not slow the next kind down."""
@@ -130,19 +161,22 @@ class _Bench:
             shutil.rmtree(self._folder / "checkpoints", ignore_errors=True)
         dist.barrier()
 
-    def _beside(self) -> tuple[list[float], float]:
-        """Times of steps that are taken while a checkpoint is written, and how long it takes."""
+    def _beside(self) -> "_Beside":
+        """One save of ours, and the steps that are taken until it is published."""
+        self._held_up_seconds = 0.0
         begin, times = time.perf_counter(), []
-        self._ours()
+        stall = self._slowest(self._begin_ours)
         while True:
             times.append(self._take())
             busy = torch.tensor(float(self._background.is_busy), device=self._device)
             dist.all_reduce(busy)
             if not busy.item():
                 break
-        behind = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        held_up = torch.tensor(self._held_up_seconds, device=self._device)
+        dist.all_reduce(held_up, op=dist.ReduceOp.MAX)
         self._settle()
-        return times, behind
+        return _Beside(stall_seconds=stall + held_up.item(), step_seconds=times, seconds=seconds)
 
     def _take(self) -> float:
         batch = self._batches[self._num_saves % len(self._batches)]
@@ -157,28 +191,37 @@ class _Bench:
         return own.item()
 
     def _figures(
-        self,
-        stalls: dict[str, list[float]],
-        steps: list[float],
-        beside: list[float],
-        behind: float,
+        self, stalls: dict[str, list[float]], steps: list[float], besides: list["_Beside"]
     ) -> dict[str, Any]:
         num_bytes = torch.tensor(sum(p.flat.nbytes for p in self._step.engine.pieces()))
         dist.all_reduce(num_bytes)
         median = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
         step = statistics.median(steps)
+        behind = statistics.median(one.seconds for one in besides)
+        slowed = [sum(one.step_seconds) - step * len(one.step_seconds) for one in besides]
+        others = [kind for kind in stalls if kind != "ours"]
         return {
             "state_mib": round(num_bytes.item() / 2**20, 1),
             "stall_ms": {kind: spread([1e3 * s for s in stalls[kind]], 2) for kind in stalls},
-            "ours_to_deepspeed": round(median["ours"] / median["deepspeed"], 4),
-            "ours_to_torch_save": round(median["ours"] / median["torch_save"], 4),
+            **{f"ours_to_{kind}": round(median["ours"] / median[kind], 4) for kind in others},
             "step_ms": spread([1e3 * s for s in steps], 1),
             "stall_to_step": round(median["ours"] / step, 4),
-            "save_behind_seconds": round(behind, 3),
-            "steps_beside": len(beside),
-            "slowed_by_writing_seconds": round(max(0.0, sum(beside) - len(beside) * step), 3),
+            "published_after_seconds": round(behind, 3),
+            "steps_beside_take_longer_ms": spread([1e3 * s for s in slowed], 1),
             "at_derived_interval": [_at_interval(median["ours"], behind, m) for m in _FAILURES],
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Beside:
+    """A save behind the training."""
+
+    stall_seconds: float
+    """Of the slowest rank: collecting the pieces, and the update's wait for the copy."""
+    step_seconds: list[float]
+    """Steps until it was published."""
+    seconds: float
+    """From its beginning to its publication."""
 
 
 def _at_interval(stall: float, behind: float, hours: float) -> dict[str, Any]:
