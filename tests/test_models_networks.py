@@ -11,6 +11,7 @@ from pipeline.clip import Grid, MaskSet
 from pipeline.errors import ConfigError
 from pipeline.models.attention import AttentionConfig
 from pipeline.models.encoder import Encoder, EncoderConfig
+from pipeline.models.positions import sincos_positions
 from pipeline.models.predictor import Predictor, PredictorConfig
 
 torch.set_num_threads(1)
@@ -316,12 +317,101 @@ def test_flash_attention_that_is_not_installed_says_what_to_do():
     assert "jepa-pipeline[gpu]" in caught.value.remedy
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [32, 64, 80])
-def test_flash_attention_agrees_with_sdpa_in_bfloat16(head_dim):
-    pytest.importorskip("flash_attn")
-    config = EncoderConfig(width=2 * head_dim, heads=2, depth=2, patch_size=4)
-    flash, sdpa = (make_encoder(config=config, backend=b) for b in ("flash2", "sdpa"))
-    flash, sdpa = flash.cuda().bfloat16(), sdpa.cuda().bfloat16()
-    clips = video().cuda()
-    torch.testing.assert_close(flash(clips), sdpa(clips), atol=5e-2, rtol=5e-2)
+LEVELS = CONFIG.model_copy(update={"depth": 4, "levels": (1, 3)})
+DENSE = PREDICTOR.model_copy(update={"predict_context": True})
+
+
+def test_levels_are_the_named_blocks_outputs_each_through_its_own_norm():
+    encoder, clips = make_encoder(config=LEVELS), video()
+    levels = encoder(clips, levels=True)
+    assert levels.shape == (2, 45, LEVELS.levels_width) == (2, 45, 112)
+    outputs = {}
+    for layer in LEVELS.levels:
+        encoder.blocks[layer].register_forward_hook(
+            lambda _m, _i, out, layer=layer: outputs.update({layer: out})
+        )
+    encoder(clips)
+    normed = [norm(outputs[n]) for norm, n in zip(encoder.norms_block, (1, 3), strict=True)]
+    assert torch.equal(levels, torch.cat(normed, dim=-1))
+    assert torch.equal(encoder(clips), normed[1])
+    assert torch.equal(encoder(clips, layers=(1,))[0], normed[0])
+    assert not any(name.startswith("norm.") for name in encoder.state_dict())
+    with pytest.raises(ConfigError, match=r"among the levels \[1, 3\], got \[2\]"):
+        encoder(clips, layers=(2, 3))
+
+
+def test_an_encoder_without_levels_gives_its_features_as_the_only_level():
+    encoder, clips = make_encoder(), video()
+    assert torch.equal(encoder(clips, levels=True), encoder(clips))
+
+
+@pytest.mark.parametrize("levels", [(1,), (3, 1), (1, 1, 3), (2, 4)])
+def test_levels_that_do_not_rise_to_the_last_block_are_refused(levels):
+    with pytest.raises(ValidationError, match="rise to the last block, 3"):
+        EncoderConfig(width=56, heads=2, depth=4, levels=levels)
+
+
+def test_the_context_is_predicted_by_an_output_layer_of_its_own():
+    torch.manual_seed(4)
+    predictor = shaken(Predictor(DENSE, encoder_width=56, levels=2, attention=AttentionConfig()))
+    context = torch.randn(2, 11, 112, generator=torch.Generator().manual_seed(9))
+    target, again = predictor(context, mask(), GRID)
+    assert (target.shape, again.shape) == ((2, 20, 112), (2, 11, 112))
+    plain = Predictor(PREDICTOR, encoder_width=56, levels=2, attention=AttentionConfig())
+    missing = plain.load_state_dict(predictor.state_dict(), strict=False)
+    assert missing.unexpected_keys == [
+        "predictor_proj_context.weight",
+        "predictor_proj_context.bias",
+    ]
+    assert torch.equal(plain(context, mask(), GRID), target)
+    # With the roles' output layers exchanged the context comes out of the other one.
+    plain.predictor_proj.load_state_dict(predictor.predictor_proj_context.state_dict())
+    swapped = MaskSet(context_BK=mask().target_BK, target_BK=mask().context_BK)
+    assert plain(torch.zeros(2, 20, 112), swapped, GRID).shape == again.shape
+    names = {name for name in predictor.state_dict() if name.startswith("predictor_embed")}
+    assert names == {f"predictor_embed.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+
+
+def test_the_predicted_context_is_in_the_order_in_which_it_came():
+    torch.manual_seed(4)
+    predictor = shaken(Predictor(DENSE, encoder_width=56, attention=AttentionConfig()))
+    context = torch.randn(2, 11, 56, generator=torch.Generator().manual_seed(9))
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(10))
+    permuted = MaskSet(context_BK=mask().context_BK[:, order], target_BK=mask().target_BK)
+    plain = predictor(context, mask(), GRID)[1]
+    assert torch.equal(predictor(context[:, order], permuted, GRID)[1], plain[:, order])
+    assert (plain[:, order] - plain).abs().max() > 1e-3
+
+
+def test_sincos_positions_are_added_once_and_heads_are_not_turned():
+    encoder, clips = make_encoder(positions="sincos"), video()
+    seen = []
+    encoder.blocks[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs))
+    encoder(clips)
+    x, rotary, _ = seen[0]
+    table = sincos_positions(torch.arange(45), GRID, 56, uniform_power=True)
+    assert torch.equal(x, encoder.patch_embed(clips) + table)
+    assert rotary is None
+
+
+def test_patches_are_embedded_as_the_convolution_does():
+    encoder, clips = make_encoder(), video()
+    conv = encoder.patch_embed.proj
+    expected = torch.nn.functional.conv3d(clips, conv.weight, conv.bias, stride=conv.stride)
+    expected = expected.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.patch_embed(clips), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_recomputed_blocks_can_be_changed_between_steps_within_the_depth():
+    encoder, kept = make_encoder(), []
+    for number in (0, 1, 2):
+        encoder.num_recomputed_blocks = number
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            encoder(video())
+        kept.append(sum(sizes))
+    assert kept[0] > kept[1] > kept[2]
+    with pytest.raises(ConfigError, match="0 to 2 recomputed blocks, got 3"):
+        encoder.num_recomputed_blocks = 3

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from pipeline.clip import Grid
+from pipeline.errors import ConfigError
+from pipeline.models import rope
+from pipeline.models.positions import sincos_positions
 from pipeline.models.rope import (
     RotaryStyle,
     axis_dim,
@@ -108,3 +111,95 @@ def test_frequencies_are_those_of_the_reference():
     torch.testing.assert_close(frequencies[:10], expected, rtol=1e-6, atol=0)
     assert torch.equal(frequencies[:10], frequencies[10:])
     assert math.isclose(frequencies[5].item(), 0.0099999998, rel_tol=1e-6)
+
+
+# What bf16 autocast makes of the frequencies of 20 and 10 elements, and of angles at two places.
+AUTOCAST_A20 = [
+    1, 0.3984375, 0.158203125, 0.0625, 0.0250244141, 0.0100097656, 0.00393676758, 0.00159454346,
+    0.000625610352, 0.000255584717,
+]  # fmt: skip
+AUTOCAST_A10 = [1, 0.158203125, 0.0250244141, 0.00393676758, 0.000625610352]
+AUTOCAST_ANGLES = {
+    15: [15, 5.96875, 2.375, 0.9375, 0.375, 0.1503906],
+    23: [23, 9.1875, 3.640625, 1.4375, 0.5742188, 0.2304688],
+}
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(20, AUTOCAST_A20), (10, AUTOCAST_A10)])
+def test_frequencies_under_autocast_are_rounded_as_the_references(dim, expected):
+    angles = rotary_angles(torch.tensor([1]), dim, "tiled", "reference-autocast")[0]
+    assert angles.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        angles[: dim // 2].float(), torch.tensor(expected), rtol=1e-7, atol=0
+    )
+
+
+@pytest.mark.parametrize("position", AUTOCAST_ANGLES)
+def test_angles_under_autocast_are_rounded_as_the_references(position):
+    angles = rotary_angles(torch.tensor([position]), 20, "tiled", "reference-autocast")[0]
+    expected = torch.tensor(AUTOCAST_ANGLES[position])
+    torch.testing.assert_close(angles[:6].float(), expected, rtol=1e-6, atol=0)
+
+
+def test_rotation_under_autocast_rounds_each_product_to_bfloat16():
+    x = torch.randn(64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    style = RotaryStyle(precision="reference-autocast")
+    tables = rotary_tables(torch.tensor([[300]]), GRID, 64, style)
+    angles = rotary_angles(torch.tensor([12]), 20, "tiled", "reference-autocast")[0]
+    part = x[40:60]
+    swapped = torch.stack((-part[1::2], part[0::2]), dim=-1).flatten()
+    expected = part * angles.cos() + swapped * angles.sin()
+    assert torch.equal(rotate(x.view(1, 1, 1, 64), tables).flatten()[40:60], expected)
+
+
+@pytest.mark.parametrize("edge", [8, 16, 24])
+def test_rescaled_positions_spread_any_size_over_16_places_and_leave_time(edge):
+    style = RotaryStyle(mode="interleaved", rescale=True)
+    grid = Grid(t=4, h=edge, w=edge)
+    last = torch.tensor([grid.num_tokens - 1])
+    found = rotary_tables(last, grid, 60, style).flatten(1)
+    expected = [rotary_factors(rotary_angles(torch.tensor([p]), 20, "interleaved"))[:, 0]
+                for p in (3, 15, 15)]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(expected, dim=-1), atol=1e-6, rtol=0)
+
+
+def test_rescaling_leaves_the_trained_size_and_a_single_row_as_they_are():
+    for grid in (GRID, Grid(t=2, h=1, w=16)):
+        index = torch.arange(grid.num_tokens)
+        plain = rotary_tables(index, grid, 64, RotaryStyle())
+        assert torch.equal(rotary_tables(index, grid, 64, RotaryStyle(rescale=True)), plain)
+
+
+def test_tables_of_a_grid_are_computed_once(monkeypatch):
+    calls = []
+    grid = Grid(t=5, h=7, w=3)
+    monkeypatch.setattr(rope, "rotary_angles", lambda *a: calls.append(a) or rotary_angles(*a))
+    for index in (torch.tensor([1, 2]), torch.tensor([[3], [104]])):
+        rotary_tables(index, grid, 64, RotaryStyle())
+    assert len(calls) == 3
+    rotary_tables(torch.tensor([1]), grid, 64, RotaryStyle(mode="interleaved"))
+    assert len(calls) == 6
+
+
+def test_tables_first_made_in_inference_mode_can_be_used_in_training():
+    grid, x = Grid(t=3, h=5, w=2), torch.randn(1, 1, 64, requires_grad=True)
+    with torch.inference_mode():
+        rotary_tables(torch.tensor([1]), grid, 64, RotaryStyle())
+    rotate(x, rotary_tables(torch.tensor([1]), grid, 64, RotaryStyle())).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(("uniform", "dims"), [(True, (22, 22, 22)), (False, (32, 16, 16))])
+def test_sincos_positions_have_a_part_of_sines_and_cosines_for_each_axis(uniform, dims):
+    """Width 64; with uniform power three parts of 22, of which the last loses two cosines."""
+    found = sincos_positions(torch.tensor([300]), GRID, 64, uniform_power=uniform)[0]
+    expected = []
+    for place, dim in zip((1, 2, 12), dims, strict=True):
+        angles = [place / 10000 ** (2 * j / dim) for j in range(dim // 2)]
+        expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    torch.testing.assert_close(found, torch.tensor(expected[:64]), atol=1e-6, rtol=0)
+
+
+def test_sincos_positions_of_a_width_without_whole_parts_are_refused():
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        sincos_positions(torch.tensor([0]), GRID, 60, uniform_power=False)

@@ -20,6 +20,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.attention import attend
 from pipeline.models.layers import NORM_EPS, Block, LayerNorm, Linear, Route, split_heads
 
+Compiler = str | Callable[..., Any]
+
 # Sizes of one network for which code may be generated before torch gives up and runs it plainly.
 # After the second size the number of tokens is a variable of the code, so few are ever needed.
 _MAX_VERSIONS = 32
@@ -44,7 +46,9 @@ class CompiledBlock:
         )
 
 
-def compile_block(*, dynamic: bool | None, backend: str, device: torch.device) -> CompiledBlock:
+def compile_block(
+    *, dynamic: bool | None, backend: Compiler, device: torch.device
+) -> CompiledBlock:
     """A compiled forward for all blocks of one network.
 
     Args:
@@ -52,7 +56,7 @@ def compile_block(*, dynamic: bool | None, backend: str, device: torch.device) -
             changes at every step; False generates code for each size, the fastest for sizes that
             do not change within a stage; None begins so and turns to a variable when a second
             size comes.
-        backend: torch's name of the compiler.
+        backend: torch's name of the compiler, or one of its own kind.
         device: Where the network will run.
 
     Raises:
@@ -93,7 +97,7 @@ def _pair(layer: Linear | LayerNorm) -> Pair:
     return layer.weight, layer.bias
 
 
-def _check_compiler(backend: str, device: torch.device) -> None:
+def _check_compiler(backend: Compiler, device: torch.device) -> None:
     if backend != "inductor":
         return
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

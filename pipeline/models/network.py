@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.clip import Grid
 from pipeline.errors import ConfigError
 from pipeline.models.attention import AttentionConfig, Backend, check_backend
-from pipeline.models.compiled import compile_block
+from pipeline.models.compiled import Compiler, compile_block
 from pipeline.models.layers import Block, ModelDims, Route
 from pipeline.models.positions import sincos_positions
 from pipeline.models.rope import rotary_tables
@@ -58,7 +58,9 @@ class Network(nn.Module):
             )
         self._num_recomputed = number
 
-    def compile_blocks(self, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+    def compile_blocks(
+        self, *, dynamic: bool | None = None, backend: Compiler = "inductor"
+    ) -> None:
         """Let torch generate code for the blocks; may be called again for a new stage.
 
         Works beside recomputation and all ZeRO stages: see `models.compiled`. The first pass of
@@ -67,7 +69,7 @@ class Network(nn.Module):
         Args:
             dynamic: True for token counts that change from step to step, False for those that
                 never do, None to find out.
-            backend: torch's name of the compiler.
+            backend: torch's name of the compiler, or one of its own kind.
 
         Raises:
             ConfigError: The machine has no compiler.

@@ -92,6 +92,11 @@ def rotary_tables(index: Tensor, grid: Grid, head_dim: int, style: RotaryStyle) 
     return _grid_table(grid, head_dim, style, index.device)[:, index]
 
 
+def forget_tables() -> None:
+    """Empties what `rotary_tables` keeps; for measuring what keeping saves."""
+    _grid_table.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _grid_table(grid: Grid, head_dim: int, style: RotaryStyle, device: torch.device) -> Tensor:
     """Factors [2, N, 1, head_dim] of all tokens of a grid; some 9 MiB for 64 frames of 384 px."""
