@@ -99,6 +99,26 @@ VERBS = (
         help="Write networks for others to read, with a model card.",
     ),
     Verb(
+        words="bench step",
+        function="pipeline.commands.bench:step",
+        help="Time, MFU and memory of a training step.",
+    ),
+    Verb(
+        words="bench attention",
+        function="pipeline.commands.bench:attention",
+        help="Time every attention kernel on a configuration's calls.",
+    ),
+    Verb(
+        words="bench loader",
+        function="pipeline.commands.bench:loader",
+        help="Clips per second of a configuration's loader.",
+    ),
+    Verb(
+        words="bench stages",
+        function="pipeline.commands.bench:stages",
+        help="What the schedule of stages saves.",
+    ),
+    Verb(
         words="prep run",
         function="data_prep.commands:run",
         help="Check, transcode, shard and index a folder of videos.",
@@ -128,5 +148,6 @@ VERBS = (
 GROUPS = {
     "config": "Look at configurations and at what they can say.",
     "ckpt": "Look after checkpoints.",
+    "bench": "Measure on this machine.",
     "prep": "Turn videos into shards.",
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.clip import ClipBatch, Progress
+from pipeline.engine.tune import StageTuner
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import (
     choose_device,
@@ -18,7 +19,11 @@ from pipeline.environment import (
     seed_everything,
     set_cpu_threads,
 )
+from pipeline.objectives import build_objective
+from pipeline.objectives.base import BuildOptions
 from pipeline.run import RunConfig
+from pipeline.stages import StagePlace
+from pipeline.track.sinks import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +62,18 @@ class OwnStep:
         self.config, self._device = config, device
         seed_everything(config.seed)
         self.engine = ZeroEngine(config, device)
+        nobody = Tracker(config.track, is_main=False)
+        self.tuner = StageTuner(config, read_launch(), device, self.engine, nobody)
         self._number = 0
+
+    def begin(self, stage_index: int) -> None:
+        """Sets the networks as training does at the begin of a stage."""
+        stage = self.config.stages[stage_index]
+        self.tuner.begin(StagePlace(index=stage_index, stage=stage, step_in_stage=1), 1)
 
     def take(self, batch: ClipBatch) -> StepTime:
         """One step, synchronised with the device at its ends so that its parts can be timed."""
+        self.begin(batch.stage)
         self._number += 1
         step = min(self._number, self.config.num_steps)
         progress = Progress(step=step, total_steps=self.config.num_steps, stage=batch.stage)
@@ -71,7 +84,7 @@ class OwnStep:
         self.engine.objective.after_step(progress)
         end = self._now()
         return StepTime(
-            loss=float(losses.total),
+            loss=losses.total.item(),
             gradient_seconds=middle - begin,
             update_seconds=end - middle,
         )
@@ -82,26 +95,18 @@ class OwnStep:
         return time.perf_counter()
 
 
-def initial_weights(step: OwnStep) -> dict[str, Tensor]:
-    """A copy of the weights of encoder and predictor as they stand; ZeRO stage 3 has only parts.
-
-    Raises:
-        ValueError: The engine holds parts of weights.
-    """
-    if step.config.zero.stage == 3:
-        raise ValueError("whole weights are there below ZeRO stage 3 only")
-    modules = step.engine.objective.modules()
-    return {
-        name: value.detach().float().clone()
-        for name, value in modules.state_dict().items()
-        if not name.startswith("teacher.")
-    }
+def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+    """The weights of encoder and predictor that a run begins with, whatever its ZeRO stage."""
+    seed_everything(config.seed)
+    options = BuildOptions(attention=config.attention, checkpoint_activations=False)
+    weights = build_objective(config.objective, options).modules().state_dict()
+    return {name: value for name, value in weights.items() if not name.startswith("teacher.")}
 
 
-def median_times(
+def take_steps(
     step: OwnStep, batches: Sequence[ClipBatch], rounds: int, *, warm_up: int = 2
 ) -> list[StepTime]:
-    """Steps over the batches in turn; the first ones, which allocate and compile, are left out."""
+    """Steps over the batches in turn, after those that allocate and compile."""
     for number in range(warm_up):
         step.take(batches[number % len(batches)])
     return [step.take(batches[number % len(batches)]) for number in range(rounds)]

@@ -26,6 +26,7 @@ from pipeline.environment import Launch, seed_everything
 from pipeline.masks.collate import collate_plan
 from pipeline.run import RunConfig
 from pipeline.stages import Share, micro_batch_plans
+from pipeline.track.folder import read_run_info
 from pipeline.track.rewinds import Rewind, left_out
 from pipeline.track.sinks import Tracker
 
@@ -110,6 +111,7 @@ def build(
     elif given is not None:
         origin = load_initial(engine, config, given)
     tracker = _tracker(config, launch, resume=state is not None)
+    recorded = read_run_info(config.run_dir).get("tuning", {})
     return Parts(
         origin=origin,
         taken_up=taken_up,
@@ -120,7 +122,7 @@ def build(
         engine=engine,
         loader=loader,
         feed=DeviceFeed(loader, device),
-        tuner=StageTuner(config, launch, device, engine, tracker),
+        tuner=StageTuner(config, launch, device, engine, tracker, recorded),
         tracker=tracker,
         care=care,
         identity=identity,

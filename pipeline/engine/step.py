@@ -17,6 +17,7 @@ from pipeline.engine.zero import Update
 from pipeline.errors import DataError
 from pipeline.plan.account import batch_flops, batch_recomputed_flops
 from pipeline.stages import StagePlace, accumulation, place_of_step
+from pipeline.track.folder import read_run_info, update_run_info
 from pipeline.track.peaks import utilisation
 from pipeline.track.signals import collapse_signals
 
@@ -44,7 +45,8 @@ def take_step(parts: Parts, step: int, guards: Guards) -> StepResult:
     begin = time.monotonic()
     config = parts.config
     place = place_of_step(config.stages, step)
-    parts.tuner.begin(place, step)
+    if parts.tuner.begin(place, step) and parts.launch.rank == 0:
+        _record_tuning(parts, place)
     progress = Progress(step=step, total_steps=config.num_steps, stage=place.index)
     gradient = _gradient(parts, place, progress, guards.own_pace(step))
     parts.care.watchdog.enter("agree")
@@ -74,6 +76,12 @@ def take_step(parts: Parts, step: int, guards: Guards) -> StepResult:
     return StepResult(report=report, agreed=agreed, verdict=verdict, faults=gradient.faults)
 
 
+def _record_tuning(parts: Parts, place: StagePlace) -> None:
+    tuning = read_run_info(parts.run_dir).get("tuning", {})
+    changed = {**tuning, place.stage.name: parts.tuner.chosen}
+    update_run_info(parts.run_dir, {"tuning": changed})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Gradient:
     word: RankWord
@@ -86,6 +94,7 @@ def _update(
     parts: Parts, verdict: Verdict, agreed: Agreement, rates: tuple[float, float]
 ) -> Update:
     if verdict.skip_reason is None:
+        parts.saves.wait_for_copy()  # of the checkpoint that was begun after the former step
         return parts.engine.update(*rates, gradient_norm=agreed.gradient_norm)
     parts.engine.drop()
     return Update(gradient_norm=agreed.gradient_norm, skipped=True)

@@ -164,6 +164,10 @@ class ZeroEngine:
             gradient.fill_(math.nan)
         self._engine.step()
 
+    def adam_groups(self) -> list[dict[str, Any]]:
+        """AdamW's own groups, live; for measurements that change how it runs."""
+        return self._engine.optimizer.param_groups
+
     def group_table(self) -> list[dict[str, Any]]:
         """Name, learning rate and weight decay of every parameter group, as they stand."""
         return [

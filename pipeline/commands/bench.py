@@ -1,0 +1,209 @@
+"""`jepa bench`: steps, attention kernels, loader and stages on the machine at hand."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from cyclopts import Parameter
+
+from pipeline.bench.attention import attention_figures, measure_attention
+from pipeline.bench.loader import measure_loader
+from pipeline.bench.result import document, print_table, spread, write_document
+from pipeline.commands import ConfigPath, Overrides, print_text
+from pipeline.config.load import load_config
+from pipeline.environment import choose_device, prepare_libraries, read_launch
+from pipeline.errors import UsageError
+from pipeline.run import RunConfig
+
+Rounds: TypeAlias = Annotated[int, Parameter(help="Measurements; their median counts.")]
+StageName: TypeAlias = Annotated[str | None, Parameter(help="One stage; all of them by default.")]
+JsonFile: TypeAlias = Annotated[
+    Path | None, Parameter(name="--json", help="File that the figures are written to as JSON.")
+]
+
+
+def step(
+    config: ConfigPath,
+    *overrides: Overrides,
+    stage: StageName = None,
+    rounds: Rounds = 8,
+    ablate: bool = False,
+    json: JsonFile = None,
+) -> None:
+    """Time, MFU and memory of a training step without data, on one device.
+
+    Args:
+        config: YAML file of the run; its data is not read.
+        overrides: key=value laid over the file.
+        stage: Stage to measure.
+        rounds: Steps that are measured.
+        ablate: Measure also with each optimisation switched off in turn.
+        json: File for the figures.
+    """
+    run, chosen = _load(config, overrides, stage, rounds)
+    figures: dict[str, Any] = {}
+    rows = []
+    for index, name, one in _steps(run, chosen, rounds, ablate=ablate):
+        figures.setdefault(run.stages[index].name, {})[name] = one.to_dict()
+        rows.append((run.stages[index].name, name, *_step_cells(one)))
+    columns = ("stage", "", "ms", "clips/s", "tokens/s", "MFU", "recomputed", "GiB")
+    print_table("A step of one micro-batch", columns, rows)
+    _keep("step", figures, run, rounds, json)
+
+
+def attention(
+    config: ConfigPath,
+    *overrides: Overrides,
+    stage: StageName = None,
+    rounds: Rounds = 8,
+    json: JsonFile = None,
+) -> None:
+    """Time of every attention kernel that runs here, on the calls of every stage.
+
+    Args:
+        config: YAML file of the run.
+        overrides: key=value laid over the file.
+        stage: Stage to measure.
+        rounds: Calls that are measured.
+        json: File for the figures.
+    """
+    run, chosen = _load(config, overrides, stage, rounds)
+    device = choose_device(read_launch())
+    figures: dict[str, Any] = {}
+    for index in chosen:
+        choices = measure_attention(run, index, device, rounds)
+        for choice in choices:
+            print_text("\n".join(choice.lines()))
+        figures |= attention_figures(choices)
+    _keep("attention", figures, run, rounds, json)
+
+
+def loader(
+    config: ConfigPath,
+    *overrides: Overrides,
+    stage: StageName = None,
+    rounds: Rounds = 3,
+    batches: int = 12,
+    json: JsonFile = None,
+) -> None:
+    """Clips per second that a configuration's loader gives, with its workers and data.
+
+    Args:
+        config: YAML file of the run.
+        overrides: key=value laid over the file.
+        stage: Stage to measure.
+        rounds: Times that the loader is started.
+        batches: Micro-batches of each time.
+        json: File for the figures.
+    """
+    run, chosen = _load(config, overrides, stage, rounds)
+    if batches < 1:
+        raise UsageError(f"expected --batches of at least 1, got {batches}")
+    figures: dict[str, Any] = {}
+    for index in chosen:
+        found = [measure_loader(run, index, batches, first=n * batches) for n in range(rounds)]
+        figures[run.stages[index].name] = {
+            "clips_per_second": spread([one.clips_per_second for one in found]),
+            "clips_per_cpu_second": spread([one.clips_per_cpu_second for one in found]),
+            "clips": found[0].clips,
+        }
+    rows = [
+        (name, f["clips_per_second"]["median"], f["clips_per_cpu_second"]["median"])
+        for name, f in figures.items()
+    ]
+    columns = ("stage", "clips/s", "clips/CPU second")
+    print_table(f"Loader with {run.data.workers} workers", columns, rows)
+    _keep("loader", figures, run, rounds, json)
+
+
+def stages(
+    config: ConfigPath,
+    *overrides: Overrides,
+    rounds: Rounds = 8,
+    devices: int = 1,
+    json: JsonFile = None,
+) -> None:
+    """What the schedule saves: measured steps of every stage, beside the last size throughout.
+
+    Args:
+        config: YAML file of the run; its data is not read.
+        overrides: key=value laid over the file.
+        rounds: Steps that are measured in each stage.
+        devices: Devices that are to share the global batch; communication is not measured.
+        json: File for the figures.
+    """
+    run, chosen = _load(config, overrides, None, rounds)
+    from pipeline.bench.stages import measure_stages, schedule_figures  # noqa: PLC0415
+    from pipeline.bench.step import measuring  # noqa: PLC0415
+
+    with measuring() as device:
+        found = measure_stages(run, chosen, device, rounds)
+    schedule = schedule_figures(run, found, devices)
+    rows = [(one.stage, *_step_cells(one)) for one in found]
+    columns = ("stage", "ms", "clips/s", "tokens/s", "MFU", "recomputed", "GiB")
+    print_table("A step of one micro-batch", columns, rows)
+    print_text(
+        f"{schedule.device_hours:.3g} device hours; {schedule.device_hours_at_last_size:.3g} if "
+        f"every step were of the last stage's size: {schedule.time_ratio:.2f} times as many. By "
+        f"FLOPs {schedule.flop_ratio:.2f} times; the paper tells of {schedule.paper_ratio} for "
+        "ViT-g."
+    )
+    figures = {"stages": [one.to_dict() for one in found], "schedule": asdict(schedule)}
+    _keep("stages", figures, run, rounds, json)
+
+
+def _load(
+    config: Path, overrides: Sequence[str], stage: str | None, rounds: int
+) -> tuple[RunConfig, list[int]]:
+    if rounds < 1:
+        raise UsageError(f"expected --rounds of at least 1, got {rounds}")
+    prepare_libraries(Path.home() / ".cache" / "jepa" / "torch_extensions")
+    run = load_config(config, RunConfig, overrides).config
+    names = [one.name for one in run.stages]
+    if stage is None:
+        return run, list(range(len(names)))
+    if stage not in names:
+        raise UsageError(f"expected --stage to be one of {', '.join(names)}, got {stage}")
+    return run, [names.index(stage)]
+
+
+def _steps(
+    run: RunConfig, chosen: Sequence[int], rounds: int, *, ablate: bool
+) -> Iterator[tuple[int, str, Any]]:
+    """Stage, what was altered and figures of everything that is to be measured."""
+    # DeepSpeed reads its settings from the environment when it is imported, and takes seconds.
+    from pipeline.bench.ablate import ablations, measure_ablation  # noqa: PLC0415
+    from pipeline.bench.stages import measure_stages  # noqa: PLC0415
+    from pipeline.bench.step import measuring  # noqa: PLC0415
+
+    with measuring() as device:
+        if not ablate:
+            found = measure_stages(run, chosen, device, rounds)
+            yield from ((i, "", one) for i, one in zip(chosen, found, strict=True))
+            return
+        for index in chosen:
+            for other in ablations(run):
+                yield index, other.name, measure_ablation(run, other, index, device, rounds)
+
+
+def _step_cells(one: Any) -> tuple[str, ...]:
+    seconds = one.gradient_seconds + one.update_seconds
+    return (
+        f"{1e3 * seconds:.1f}",
+        f"{one.clips_per_second:.2f}",
+        f"{one.tokens_per_second:,.0f}",
+        "–" if one.mfu is None else f"{one.mfu:.1%}",
+        f"{one.recomputed_share:.0%}",
+        "–" if one.peak_memory_gib is None else f"{one.peak_memory_gib:.1f}",
+    )
+
+
+def _keep(
+    name: str, figures: Mapping[str, Any], run: RunConfig, rounds: int, path: Path | None
+) -> None:
+    if path is None:
+        return
+    settings = {"rounds": rounds, "config": run.model_dump(mode="json")}
+    write_document(path, document(name, figures, settings))
+    print_text(f"written to {path}")
