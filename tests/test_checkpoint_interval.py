@@ -1,5 +1,7 @@
 """The time between checkpoints: the one that loses least, within bounds, by rank 0's clock."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -94,3 +96,17 @@ def test_contradictory_settings_are_refused():
         CheckpointConfig(every_steps="auto", every_minutes=1.0)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         CheckpointConfig(every_steps=0)
+
+
+def test_an_update_waits_for_the_copy_and_the_wait_counts_as_stall():
+    saves = SaveClock(CheckpointConfig(every_steps="auto"))
+    saves.wait_for_copy()  # nothing is being saved
+    saves.note_begin(0.001)
+    threading.Timer(0.2, saves.copied.set).start()
+    saves.wait_for_copy()
+    assert 0.1 < saves.held_up_seconds < 5
+    saves.note_end(1.0)
+    assert saves.interval is not None
+    assert float(saves.interval.reason.split()[3]) == pytest.approx(
+        saves.held_up_seconds + 0.001, abs=0.001
+    )

@@ -30,10 +30,13 @@ def url_of(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def behind(folder) -> Path:
-    """Rank 1 takes its time to write, so that the next steps change what is being saved."""
+    """Copying and writing take their time, so that steps change what is being saved meanwhile."""
     checkpoint = {**KEEP_ALL, "store": url_of(folder), "every_steps": 2}
     config = write_config(folder, "behind", checkpoint=checkpoint)
-    slow = [{"rank": 1, "fault": "slow_write", "seconds": 0.7}]
+    slow = [
+        {"rank": 0, "fault": "slow_copy", "seconds": 0.5},
+        {"rank": 1, "fault": "slow_write", "seconds": 1.5},
+    ]
     code, output = finish(faulty(slow, folder / "behind", "train", config))
     assert code == ExitCode.DONE, output
     return folder / "behind"
@@ -72,8 +75,9 @@ def test_steps_are_taken_while_a_checkpoint_is_written(behind):
     begun, saved = events[2], events[3]
     inside = [s.report.step for s in read_metrics(behind) if begun.time < s.time < saved.time]
     assert inside == [3], "the next stage's end waited for it, the step before it did not"
-    assert saved.details["behind_seconds"] > 0.7 > 10 * begun.details["seconds"]
+    assert saved.details["behind_seconds"] > 1.4 > 10 * begun.details["seconds"]
     assert saved.details["seconds"] > 0.2, "the wait for the former save is on record"
+    assert saved.details["held_up_seconds"] > 0.1, "the update waited for the copy"
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_store_bit_for_bit(behind, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -91,6 +92,11 @@ class SaveClock:
         self._saves: deque[float] = deque(maxlen=_RECENT)
         self.outcome = SaveOutcome.NONE
         """Of the save in flight; set where it is known, on rank 0."""
+        self.copied = threading.Event()
+        """Set when the save in flight has a copy of what it saves."""
+        self.copied.set()
+        self.held_up_seconds = 0.0
+        """For which an update waited for that copy."""
 
     @property
     def interval(self) -> Interval | None:
@@ -127,6 +133,17 @@ class SaveClock:
         self._last = self._clock()
         self._stalls.append(stall_seconds)
         self.outcome = SaveOutcome.NONE
+        self.held_up_seconds = 0.0
+        self.copied.clear()
+
+    def wait_for_copy(self) -> None:
+        """Returns when weights may be changed; called before every update."""
+        if self.copied.is_set():
+            return
+        begin = self._clock()
+        self.copied.wait()
+        self.held_up_seconds = self._clock() - begin
+        self._stalls[-1] += self.held_up_seconds
 
     def note_end(self, save_seconds: float, more_stall_seconds: float = 0.0) -> None:
         """A save has been published, so long after it began; training stood still for it."""

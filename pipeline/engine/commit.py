@@ -1,14 +1,15 @@
 """When the loop asks for a checkpoint: copy, save behind the training, record; stop if it fails.
 
-Training stands still for the copy alone. One save is in flight at a time: a second one waits for
-the first, and that wait counts as stall. Rank 0 knows when the save is published and tells the
+The copy to host memory goes on beside the next step's gradients; the update after them waits for
+it, since it changes what is copied. One save is in flight at a time: a second one waits for the
+first. Both waits count as stall. Rank 0 knows when the save is published and tells the
 others in the next step's agreement, so that all conclude it after the same step.
 """
 
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.checkpoint.save import SaveRequest, SaveResult, save
 from pipeline.checkpoint.staging import HostCopies
 from pipeline.checkpoint.store import CommitStore
 from pipeline.engine.build import Counts, Parts, run_state
-from pipeline.engine.save import RankFiles, copy_rank_files
+from pipeline.engine.save import RankFiles, rank_files
 from pipeline.errors import StorageError
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.25
@@ -85,13 +86,12 @@ class Saver:
         self.finish()
         begin = time.monotonic()
         self._background.wait()  # a failed save may have left this rank's own part behind
-        copies = self._copies if config.background else HostCopies()
-        files = copy_rank_files(parts.engine, copies, run_state(parts, step, counts))
+        files = rank_files(parts.engine, run_state(parts, step, counts))
         request = self._in_flight = self._request(step, files)
         stall = time.monotonic() - begin
         parts.saves.note_begin(stall)
         parts.tracker.event("save_begun", step=step, seconds=round(stall, 4))
-        self._background.start(lambda: self._run(request))
+        self._background.start(lambda: self._run(request, files))
         if last or not config.background:
             self.finish(last=last)
 
@@ -162,10 +162,17 @@ class Saver:
             timeout_seconds=60.0 * config.timeout_minutes,
         )
 
-    def _run(self, request: SaveRequest) -> _Ended:
+    def _run(self, request: SaveRequest, files: RankFiles) -> _Ended:
         """What goes on behind the training."""
         begin = time.monotonic()
-        result = save(request)
+        copies = self._copies if self._parts.config.checkpoint.background else HostCopies()
+        try:
+            if self._parts.device.type == "cuda":
+                torch.cuda.set_device(self._parts.device)
+            copied = files.copied(copies)
+        finally:
+            self._parts.saves.copied.set()
+        result = save(replace(request, write=copied.write))
         pruning = upload_failure = None
         if result.failure is None:
             pruning = self._prune() if request.rank == 0 else None
@@ -229,7 +236,9 @@ class Saver:
         stall = 0.0 if self._parts.config.checkpoint.background else waited
         self._parts.saves.note_end(ended.seconds, stall)
         mib = round(result.num_bytes / 2**20, 1)
-        event("save", mib=mib, behind_seconds=round(ended.seconds, 3), **fields)
+        held_up = round(self._parts.saves.held_up_seconds, 4)
+        seconds = round(ended.seconds, 3)
+        event("save", mib=mib, behind_seconds=seconds, held_up_seconds=held_up, **fields)
         if ended.pruning is not None:
             event("prune_failed", reason=ended.pruning)
         if ended.upload_failure is not None:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,24 @@ _TWISTER_WORDS = 624
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFiles:
-    """What one rank puts into a checkpoint, apart from what training goes on to change."""
+    """What one rank puts into a checkpoint."""
 
     rank: int
     pieces: list[Piece]
     generators: dict[str, Tensor]
     state: dict[str, Any]
     """The run's state, the same on all ranks; rank 0 writes it."""
+    ready: torch.cuda.Event | None = None
+    """On a GPU, when the pieces are what they shall be."""
+
+    def copied(self, copies: HostCopies) -> "RankFiles":
+        """The same in host memory; until this returns, no weight may be changed."""
+        if self.ready is None:
+            return replace(self, pieces=copies.take(self.pieces))
+        # A stream of its own: the copy goes on beside what the next step computes.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(self.ready)
+            return replace(self, pieces=copies.take(self.pieces), ready=None)
 
     @property
     def num_bytes(self) -> int:
@@ -56,20 +67,25 @@ class RankFiles:
         return fingerprint_pieces(self.pieces)
 
 
-def copy_rank_files(engine: ZeroEngine, copies: HostCopies, state: dict[str, Any]) -> RankFiles:
-    """Copies what a checkpoint needs of this rank into host memory; needs no other rank.
+def rank_files(engine: ZeroEngine, state: dict[str, Any]) -> RankFiles:
+    """What a checkpoint needs of this rank, the pieces live; needs no other rank.
 
     Args:
         engine: The engine to save, at an accumulation boundary.
-        copies: Where to; what it took before is overwritten.
         state: The run's state, the same on all ranks.
     """
+    pieces, ready = engine.pieces(), None
+    if torch.cuda.is_available():
+        ready = torch.cuda.Event()
+        ready.record()
     return RankFiles(
-        rank=dist.get_rank(),
-        pieces=copies.take(engine.pieces()),
-        generators=_generators(),
-        state=state,
+        rank=dist.get_rank(), pieces=pieces, generators=_generators(), state=state, ready=ready
     )
+
+
+def copy_rank_files(engine: ZeroEngine, copies: HostCopies, state: dict[str, Any]) -> RankFiles:
+    """What a checkpoint needs of this rank, copied into host memory."""
+    return rank_files(engine, state).copied(copies)
 
 
 def _write_pieces(pieces: list[Piece], path: Path) -> None:

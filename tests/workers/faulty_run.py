@@ -5,6 +5,7 @@
 {"step": 9, "fault": "spike"}               a loss a hundred times as large, gradient and all
 {"step": 5, "fault": "raise"}               an error of our own making
 {"rank": 1, "fault": "slow_write", "seconds": 4}   every save's writing takes longer
+{"rank": 0, "fault": "slow_copy", "seconds": 1}    every save's copy of the state begins late
 {"rank": 1, "fault": "slow_data", "seconds": 0.2}  waiting for every micro-batch
 {"rank": 1, "step": 2, "fault": "no_space"}  the file system is full from the save of that step on
 """
@@ -87,7 +88,15 @@ def slow_down() -> None:
         self.wait_seconds += told["seconds"] if told else 0
         return batch
 
+    copied = RankFiles.copied
+
+    def slow_copy(self, copies):
+        told = on_order("slow_copy")
+        time.sleep(told["seconds"] if told else 0)
+        return copied(self, copies)
+
     RankFiles.write, Loader.__next__ = slow_write, slow_next
+    RankFiles.copied = slow_copy
 
 
 if __name__ == "__main__":
