@@ -1,10 +1,11 @@
 """Any slice of any tensor of a commit, whatever number of ranks wrote it and asks for it.
 
 Files are opened when a slice needs them, the asking rank's own first: at the world size of the
-save a rank reads nothing but its own file.
+save a rank reads nothing of weights and moments but its own files.
 """
 
 import json
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.pieces import Piece
 from pipeline.errors import CheckpointError
+
+_FILE = re.compile(r"(weights|optimizer)-rank(\d+)\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,19 +36,30 @@ class CommitTensors:
 
     Args:
         commit_dir: Folder of the commit.
-        rank: Whose files to look into first.
+        rank: Who asks; decides which files are looked into first.
+        world_size: How many ask.
         with_optimizer: Also offer Adam's state.
     """
 
-    def __init__(self, commit_dir: Path, *, rank: int = 0, with_optimizer: bool = True) -> None:
+    def __init__(
+        self,
+        commit_dir: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        with_optimizer: bool = True,
+    ) -> None:
         self._commit_dir = commit_dir
-        paths = [entry.path for entry in layout.read_manifest(commit_dir).files]
+        manifest = layout.read_manifest(commit_dir)
         kinds = ("weights", "optimizer") if with_optimizer else ("weights",)
-        wanted = [path for path in paths if path.startswith(kinds) and "/" not in path]
-        # Own files first, then in rising order from there: neighbours are the likeliest next.
-        own = f"-rank{rank:05d}."
-        wanted.sort(key=lambda path: (own not in path, not path.startswith("weights"), path))
-        self._unopened = wanted
+        found = (_FILE.fullmatch(entry.path) for entry in manifest.files)
+        files = [(int(f[2]), kinds.index(f[1]), f[0]) for f in found if f and f[1] in kinds]
+        # Ranks cut tensors in their order, so what this rank needs lies near its own place; step
+        # counts stand with the first element, which mostly is the first rank's.
+        place = rank * manifest.world_size // world_size
+        files.sort(key=lambda file: (file[0] not in (place, 0), abs(file[0] - place), file[1]))
+        self._unopened = [path for _, _, path in files]
+        self._known = manifest.fingerprints.keys()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[_Place]] = {}
         self._stack = ExitStack()
@@ -64,6 +78,8 @@ class CommitTensors:
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Shape of a whole tensor; None if the commit has none of this name."""
+        if self._known and name not in self._known:
+            return None  # without opening all files for it
         while name not in self._shapes and self._unopened:
             self._open_next()
         return self._shapes.get(name)

@@ -51,7 +51,7 @@ def take_up(engine: ZeroEngine, found: Found, config: RunConfig) -> TakenUp:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     commit_dir, saved = found.commit.path, found.manifest.world_size
-    with CommitTensors(commit_dir, rank=rank) as tensors:
+    with CommitTensors(commit_dir, rank=rank, world_size=world_size) as tensors:
         engine.load(tensors)
     _check_fingerprints(engine, found)
     state = read_state(commit_dir)
