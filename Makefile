@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test test-slow check fix learn constraints clean
+.PHONY: setup demo test test-slow faults check fix learn constraints clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ test: setup check
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# The long run of faults: half an hour at most; FAULTS="--faults 8 --mutants 500" for less.
+faults: setup
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from tests.plain import tiny_config
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
-LIMIT_SECONDS = 180
+LIMIT_SECONDS = 300
 PHASES = ("load", "forward", "backward", "agree", "step", "log", "write", "commit", "prune")
 RATE = {"shape": "constant", "peak": 1e-3}
 
