@@ -203,7 +203,7 @@ def _difference_words(exported: Exported, request: ExportRequest) -> str:
             f"{found.encoder:.2e}, predictor {found.predictor:.2e}"
         )
     if request.format == "hf" and request.check:
-        return "not compared with transformers: it is not installed here"
+        return "not compared: transformers 5 or newer is not installed here"
     return "not compared with transformers"
 
 

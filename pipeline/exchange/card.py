@@ -177,7 +177,7 @@ def _parity(facts: CardFacts) -> str:
             f"predictor {difference.predictor:.2e}."
         )
     elif facts.checked:
-        told = "Not measured: transformers was not installed where this was exported."
+        told = "Not measured: transformers 5 or newer was not installed where this was exported."
     else:
         told = "Not measured: the export was asked not to."
     return f"## Numeric difference\n\n{told}\n"

@@ -20,6 +20,9 @@ from pipeline.exchange.tensors import Tensors
 # Positions in time are the same at any length, so a few frames tell as much as many.
 _TUBELETS = 2
 _SEED = 20260101
+_FIRST_VERSION = 5
+# Far above rounding in fp32, far below what a wrong position or a swapped tensor does.
+_MOST = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +44,17 @@ def measure(folder: Path, networks: Networks, tensors: Tensors) -> Difference | 
         tensors: `encoder.*` and `predictor.*`.
 
     Returns:
-        None if transformers is not installed.
+        None if transformers is not installed, or is older than 5.
 
     Raises:
-        CheckpointError: transformers does not find exactly its own tensors in the export.
+        CheckpointError: transformers does not find exactly its own tensors in the export, or
+            computes something else with them.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
+    version = metadata.version("transformers")
+    if int(version.partition(".")[0]) < _FIRST_VERSION:
+        return None  # its names and its loader were others
     frames = _TUBELETS * networks.encoder.tubelet_size
     generator = torch.Generator().manual_seed(_SEED)
     side = networks.resolution or 0
@@ -62,9 +69,14 @@ def measure(folder: Path, networks: Networks, tensors: Tensors) -> Difference | 
     ours = _ours(Source(networks=networks, tensors=tensors, provenance={}), video_BCTHW, mask)
     theirs = _theirs(folder, video_BCTHW, mask)
     encoder, predictor = (float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    return Difference(
-        encoder=encoder, predictor=predictor, transformers=metadata.version("transformers")
-    )
+    scale = max(1.0, *(float(one.abs().max()) for one in ours))
+    if not max(encoder, predictor) <= _MOST * scale:
+        raise CheckpointError(
+            f"transformers {version} computes something else with these weights: largest "
+            f"difference {encoder:.2e} in the encoder, {predictor:.2e} in the predictor.",
+            remedy="Please report this; --no-check exports without comparing.",
+        )
+    return Difference(encoder=encoder, predictor=predictor, transformers=version)
 
 
 @torch.no_grad()

@@ -26,7 +26,9 @@ EXCHANGE_FILE = "exchange.json"
 WEIGHTS_STEM = "weights"
 SCHEMA_VERSION = 1
 # Settings of networks that say how they are computed or trained, not what their weights mean.
-NOT_IN_WEIGHTS = frozenset({"backend", "rope_precision", "mask_token_per_mask"})
+NOT_IN_WEIGHTS = frozenset(
+    {"backend", "rope_precision", "mask_token_per_mask", "depth_scaled_init"}
+)
 Role = Literal["student", "teacher", "unknown"]
 
 

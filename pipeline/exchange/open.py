@@ -128,7 +128,8 @@ def _of_exchange(folder: Path, *, verify: bool) -> Source:
     teacher = any(name.startswith("teacher.") for name in tensors.shapes)
     _check(tensors, exchange.networks, str(folder), teacher=teacher)
     provenance = {**exchange.provenance, "exchange": str(folder), "digest": exchange.digest}
-    return Source(networks=exchange.networks, tensors=tensors, provenance=provenance)
+    notes = tuple(str(note) for note in exchange.provenance.get("notes", ()))
+    return Source(networks=exchange.networks, tensors=tensors, provenance=provenance, notes=notes)
 
 
 def _check(tensors: Tensors, networks: Networks, source: str, *, teacher: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,28 +86,24 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
         StorageError: It cannot be written.
     """
     networks, notes = _chosen(source, request)
-    tensors = _tensors(source, request.weights)
+    config = _config(networks, request.format)
     training = training_facts(source)
-    difference, config = None, {}
-    if request.format == "hf":
-        frames, resolution = _clip(networks)
-        config = hf_config(networks, frames=frames, resolution=resolution)
-    elif request.format == "vjepa2" and (reasons := inexpressible(networks)):
-        raise CheckpointError(
-            f"V-JEPA 2's own code cannot express these networks: {'; '.join(reasons)}.",
-            remedy="Export them with --format safetensors.",
-        )
+    notes = (*source.notes, *notes)
+    told = {**source.provenance, "notes": list(notes), "training": training}
     with new_folder(out, force=request.force) as folder:
-        if request.format == "hf":
-            write_hf(folder, config, _counted(tensors, report))
-            if request.check:
-                difference = measure(folder, networks, tensors)
-        elif request.format == "safetensors":
-            home = write_safetensors(folder, WEIGHTS_STEM, _counted(tensors, report))
-            told = {**source.provenance, "notes": [*source.notes, *notes], "training": training}
-            write_exchange(folder, networks, told, sorted(set(home.values())))
-        else:
+        difference = None
+        if request.format == "vjepa2":
             _write_official(folder, source, report)
+        else:
+            tensors = _tensors(source, request.weights)
+            counted = _counted(tensors, report)
+            if config is not None:
+                write_hf(folder, config, counted)
+            else:
+                home = write_safetensors(folder, WEIGHTS_STEM, counted)
+                write_exchange(folder, networks, told, sorted(set(home.values())))
+            if config is not None and request.check:
+                difference = measure(folder, networks, tensors)
         facts = CardFacts(
             name=out.name,
             networks=networks,
@@ -117,7 +113,7 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
             difference=difference,
             checked=request.check,
             provenance=source.provenance,
-            notes=(*source.notes, *notes),
+            notes=notes,
             training=training,
         )
         (folder / CARD_FILE).write_text(card(facts), encoding="utf-8")
@@ -194,6 +190,23 @@ def _chosen(source: Source, request: ExportRequest) -> tuple[Networks, tuple[str
     return networks.model_copy(update=changes), notes
 
 
+def _config(networks: Networks, wanted: Format) -> dict[str, Any] | None:
+    """Transformers' config.json, if that is the format.
+
+    Raises:
+        CheckpointError: The format cannot express these networks.
+    """
+    if wanted == "hf":
+        frames, resolution = _clip(networks)
+        return hf_config(networks, frames=frames, resolution=resolution)
+    if wanted == "vjepa2" and (reasons := inexpressible(networks)):
+        raise CheckpointError(
+            f"V-JEPA 2's own code cannot express these networks: {'; '.join(reasons)}.",
+            remedy="Export them with --format safetensors.",
+        )
+    return None
+
+
 def _clip(networks: Networks) -> tuple[int, int]:
     if networks.frames is None or networks.resolution is None:
         raise UsageError(
@@ -219,7 +232,11 @@ def _write_official(folder: Path, source: Source, report: Report) -> None:
             content.setdefault(key, {})[f"module.backbone.{inner}"] = piece.clone()
     # The official evaluation reads `target_encoder`, its hub entry points `encoder`.
     content.setdefault("target_encoder", content["encoder"])
-    torch.save(content, folder / OFFICIAL_FILE)
+    try:
+        torch.save(content, folder / OFFICIAL_FILE)
+    except RuntimeError as error:  # how torch's zip writer words a full disk
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"Cannot write {folder / OFFICIAL_FILE}: {reason}") from error
 
 
 def _counted(tensors: Tensors, report: Report) -> Iterator[tuple[str, Tensor]]:
