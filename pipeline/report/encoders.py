@@ -10,7 +10,6 @@ from pipeline.checkpoint.load import load_encoder_state
 from pipeline.clip import Clip, MicroBatchPlan
 from pipeline.data.clips import LoadClip, make_order, open_sources
 from pipeline.errors import CheckpointError
-from pipeline.models.attention import AttentionConfig
 from pipeline.objectives import build_objective
 from pipeline.objectives.base import BuildOptions
 from pipeline.report.features import FeatureMapRow, feature_map_rows
@@ -54,7 +53,7 @@ def load_teacher(config: RunConfig, commit: Commit) -> nn.Module:
     """
     options = BuildOptions(
         # The run's own kernel may need a GPU; the result is the same.
-        attention=AttentionConfig(backend="sdpa", rope=config.attention.rope),
+        attention=config.attention.model_copy(update={"backend": "sdpa"}),
         checkpoint_activations=False,
     )
     with torch.device("meta"):
