@@ -62,6 +62,12 @@ def test_minutes_count_from_the_last_save_and_go_beside_steps():
     assert both.must_save(4, both.word())
 
 
+def test_what_is_to_be_kept_for_good_is_written_whatever_the_clock_says():
+    config = CheckpointConfig(every_steps="auto", keep_every_steps=4)
+    saves = SaveClock(config, Clock())
+    assert [s for s in range(1, 10) if saves.must_save(s, SaveWord())] == [4, 8]
+
+
 def test_auto_waits_for_a_measurement_then_follows_it():
     clock = Clock()
     saves = SaveClock(CheckpointConfig(every_steps="auto", hours_between_failures=2.0), clock)

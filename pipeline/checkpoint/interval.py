@@ -125,8 +125,9 @@ class SaveClock:
 
     def must_save(self, step: int, agreed: SaveWord) -> bool:
         """Whether all ranks save after this step, stage ends and stops aside."""
-        every = self._config.every_steps
-        return agreed.is_due or (isinstance(every, int) and step % every == 0)
+        every, keep = self._config.every_steps, self._config.keep_every_steps
+        by_steps = [number for number in (every, keep) if isinstance(number, int)]
+        return agreed.is_due or any(step % number == 0 for number in by_steps)
 
     def note_begin(self, stall_seconds: float) -> None:
         """A save has begun, for which training stood still so long."""

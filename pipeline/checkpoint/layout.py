@@ -55,8 +55,9 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Checkpoints at multiples of this are kept for good, for probes along the run; the first
-    (the untrained weights), the last and pinned ones always are. Leave out to keep only those."""
+    """Checkpoints at multiples of this are written in any case and kept for good, for probes along
+    the run; the first (the untrained weights), the last and pinned ones always are kept. Leave out
+    to keep only those."""
     background: bool = True
     """Write behind the training, from a copy in host memory (16 bytes a parameter, divided among
     the ranks); false saves that memory and stands still until the checkpoint is published."""
