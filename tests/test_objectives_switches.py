@@ -150,6 +150,15 @@ def test_v_jepa_1_asks_for_each_mask_with_a_token_of_its_own():
     assert not torch.equal(before["loss_mask_1"], after["loss_mask_1"])
 
 
+def test_v_jepa_1_starts_all_blocks_alike_and_v_jepa_2_deeper_ones_smaller():
+    for name, expected in (("vjepa1-tiny-cpu", 1.0), ("tiny-cpu", 2.0)):
+        blocks = _build(name)[0].modules()["encoder"].blocks
+        for leaf in ("attn.proj", "mlp.fc2"):
+            first, last = (blocks[n].get_submodule(leaf).weight.std() for n in (0, 3))
+            # 1/sqrt(2) against 1/sqrt(8); 37,000 weights and more give half a per cent.
+            assert (first / last).item() == pytest.approx(expected, rel=0.02)
+
+
 def test_schedules_of_v_jepa_1_end_where_the_reference_ends():
     config = load_config(CONFIGS / "vjepa1-vitl16.yaml", RunConfig, ()).config
     # Published ends of the released run: schedules stretched to 1.25 times its 90,000 steps.

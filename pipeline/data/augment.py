@@ -122,9 +122,16 @@ def crop(frames_THWC: np.ndarray, box: CropBox, resolution: int, *, antialias: b
 
 def normalise(video: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [..., C, T, H, W] to floats with ImageNet's mean and deviation, on its device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=video.device).mul_(255).view(3, 1, 1, 1)
-    scale = torch.tensor(IMAGENET_STD, device=video.device).mul_(255).reciprocal_().view(3, 1, 1, 1)
+    mean, scale = _imagenet_constants(video.device)
     return video.to(torch.float32).sub_(mean).mul_(scale).to(dtype)
+
+
+@cache
+def _imagenet_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept: copying them to a GPU again in every step would make the host wait for it.
+    mean = torch.tensor(IMAGENET_MEAN, device=device).mul_(255).view(3, 1, 1, 1)
+    scale = torch.tensor(IMAGENET_STD, device=device).mul_(255).reciprocal_().view(3, 1, 1, 1)
+    return mean, scale
 
 
 def evaluation_views(frames_THWC: np.ndarray, resolution: int, num_views: int = 1) -> list[Tensor]:

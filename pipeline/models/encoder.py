@@ -59,6 +59,8 @@ class EncoderConfig(Section):
     """Edge of a token in pixels."""
     tubelet_size: int = Field(default=2, ge=1)
     """Frames that one token spans."""
+    depth_scaled_init: bool = True
+    """Start deeper blocks with smaller outputs, as V-JEPA 2 does and V-JEPA 1 does not."""
     levels: tuple[NonNegativeInt, ...] = ()
     """0-based blocks whose outputs, each through a norm of its own, are learned together (V-JEPA
     2.1: 5, 11, 17, 23 of 24); the last must be the last block. Empty: the last block alone."""
@@ -169,7 +171,7 @@ class Encoder(Network):
         )
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = blocks(config.dims)
+        self.blocks = blocks(config.dims, scaled=config.depth_scaled_init)
         if config.levels:
             self.norms_block = nn.ModuleList(LayerNorm(config.dims.width) for _ in config.levels)
         else:

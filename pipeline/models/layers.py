@@ -131,7 +131,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Self-attention with one fused [q | k | v] projection and rotary positions."""
 
-    def __init__(self, dims: ModelDims, *, layer: int) -> None:
+    def __init__(self, dims: ModelDims, *, layer: int | None) -> None:
         super().__init__()
         self.heads = dims.heads
         self.qkv = Linear(dims.width, 3 * dims.width)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, exact (erf) GELU, linear."""
 
-    def __init__(self, dims: ModelDims, *, layer: int) -> None:
+    def __init__(self, dims: ModelDims, *, layer: int | None) -> None:
         super().__init__()
         self.fc1 = Linear(dims.width, dims.mlp_hidden)
         self.fc2 = Linear(dims.mlp_hidden, dims.width, residual_layer=layer)
@@ -159,7 +159,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, dims: ModelDims, *, layer: int) -> None:
+    def __init__(self, dims: ModelDims, *, layer: int | None) -> None:
         super().__init__()
         self.compiled: CompiledBlock | None = None
         self.norm1 = LayerNorm(dims.width)
@@ -190,9 +190,12 @@ def split_heads(qkv: Tensor, rotary: Tensor | None, heads: int) -> tuple[Tensor,
     return query, key, value.squeeze(-3)
 
 
-def blocks(dims: ModelDims) -> nn.ModuleList:
-    """The stack of a network's blocks; layers are numbered from 1 for the initialisation."""
-    return nn.ModuleList(Block(dims, layer=i + 1) for i in range(dims.depth))
+def blocks(dims: ModelDims, *, scaled: bool = True) -> nn.ModuleList:
+    """The stack of a network's blocks; layers are numbered from 1 for the initialisation.
+
+    With `scaled` what a block adds to the residual stream starts smaller the deeper it stands.
+    """
+    return nn.ModuleList(Block(dims, layer=i + 1 if scaled else None) for i in range(dims.depth))
 
 
 def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:

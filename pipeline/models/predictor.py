@@ -41,6 +41,8 @@ class PredictorConfig(Section):
     mask_token_per_mask: bool = False
     """Each mask of a stage asks with a query vector of its own, as in V-JEPA 1; needs as many
     `num_mask_tokens` as masks."""
+    depth_scaled_init: bool = True
+    """Start deeper blocks with smaller outputs, as V-JEPA 2 does and V-JEPA 1 does not."""
     predict_context: bool = False
     """Predict the features of the context tokens too, through a second output layer, as V-JEPA
     2.1's dense loss needs."""
@@ -95,7 +97,7 @@ class Predictor(Network):
         self.config = config
         self.predictor_embed = _embedding(levels, encoder_width, config.width)
         self.mask_tokens = nn.Parameter(torch.zeros(config.num_mask_tokens, 1, 1, config.width))
-        self.predictor_blocks = blocks(config.dims)
+        self.predictor_blocks = blocks(config.dims, scaled=config.depth_scaled_init)
         self.predictor_norm = LayerNorm(config.width)
         self.predictor_proj = Linear(config.width, levels * encoder_width)
         if config.predict_context:

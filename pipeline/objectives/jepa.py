@@ -187,6 +187,8 @@ class Objective(base.Objective):
     def _sample(self, target_BND: Tensor) -> Tensor:
         """Targets of the last level at evenly spread tokens of each clip."""
         num_tokens = target_BND.shape[1]
-        places = torch.linspace(0, num_tokens - 1, min(num_tokens, _FEATURES_PER_CLIP))
-        some_BKD = target_BND[:, places.round().long().to(target_BND.device)]
+        count, device = min(num_tokens, _FEATURES_PER_CLIP), target_BND.device
+        # Made on the device: a copy from the host would wait for it in every step.
+        places = torch.linspace(0, num_tokens - 1, count, device=device).round().long()
+        some_BKD = target_BND[:, places]
         return self._normalised(some_BKD)[..., -self.config.encoder.dims.width :].flatten(0, 1)
