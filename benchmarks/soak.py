@@ -80,11 +80,11 @@ def _start(folder: Path, arguments: argparse.Namespace) -> subprocess.Popen:
 
 def _watch(run: subprocess.Popen, run_dir: Path) -> list[_Sample]:
     process, samples = psutil.Process(run.pid), []
+    metrics = run_dir / "metrics.jsonl"
     while run.poll() is None:
         time.sleep(_EVERY_SECONDS)
-        metrics = run_dir / "metrics.jsonl"
-        if not metrics.exists():
-            continue
+        if not metrics.exists() or process.status() == psutil.STATUS_ZOMBIE:
+            continue  # not begun, or just ended
         with metrics.open("rb") as file:
             step = sum(1 for _ in file)
         try:

@@ -44,7 +44,7 @@ def behind(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def standing_still(folder) -> Path:
-    checkpoint = {**KEEP_ALL, "background": False}
+    checkpoint = {**KEEP_ALL, "background": False, "every_minutes": 60}
     config = write_config(folder, "still", checkpoint=checkpoint)
     code, output = finish(jepa("train", config, "--ranks", 2))
     assert code == ExitCode.DONE, output
@@ -64,6 +64,13 @@ def test_what_is_saved_behind_the_training_is_the_state_of_that_very_step(behind
         assert one.keys() >= other.keys() or one.keys() <= other.keys()
         assert one != other
     assert all(verify(commit.path) == [] for commit in layout.list_commits(behind))
+
+
+def test_the_chosen_time_between_saves_is_on_record_once(standing_still):
+    told = [e for e in read_events(standing_still) if e.name == "save_interval"]
+    assert [(e.step, e.details) for e in told] == [
+        (0, {"seconds_between": 3600.0, "reason": "checkpoint.every_minutes"})
+    ]
 
 
 def test_steps_are_taken_while_a_checkpoint_is_written(behind):

@@ -23,7 +23,7 @@ from pipeline.stages import place_of_step
 from pipeline.track.folder import MLFLOW_FILE, read_json_object
 from pipeline.track.rewinds import read_rewinds
 
-_ERRORS = ("fault", "save_failed")
+_ERRORS = ("fault", "save_failed", "upload_failed")
 _ALARMS = ("health", "spike", "skip", "straggler", "rewind")
 _MOST_ERRORS = 3
 _WATCH_SECONDS = 2.0

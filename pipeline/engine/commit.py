@@ -31,6 +31,8 @@ from pipeline.errors import StorageError
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.25
 # A fault ends the process soon after it; a save that is nearly done gets so long to become whole.
 _SETTLE_SECONDS = 10.0
+# Of the time between saves: measurements differ a little from save to save.
+_SMALL_CHANGE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,8 @@ class Saver:
         self._num_begun, self._num_failed = 0, 0
         # A partial folder of an earlier attempt, or of another job, is never taken for our own.
         self._token = str(_from_rank_0(secrets.token_hex(4)))
-        self._why = ""
+        self._told = 0.0
+        """Seconds between saves that are on record."""
 
     def commit(self, step: int, counts: Counts, *, last: bool) -> None:
         """Begins to save step `step`; every rank calls it.
@@ -247,13 +250,15 @@ class Saver:
         return ended.upload_failure
 
     def _tell_interval(self, step: int) -> None:
+        """Puts on record which time between saves was chosen, and why, when it changes much."""
         interval = self._parts.saves.interval
-        if interval is not None and interval.reason != self._why:
-            self._why = interval.reason
-            seconds = round(interval.seconds, 1)
-            self._parts.tracker.event(
-                "save_interval", step=step, seconds_between=seconds, reason=interval.reason
-            )
+        if interval is None or abs(interval.seconds - self._told) <= _SMALL_CHANGE * self._told:
+            return
+        self._told = interval.seconds
+        seconds = round(interval.seconds, 1)
+        self._parts.tracker.event(
+            "save_interval", step=step, seconds_between=seconds, reason=interval.reason
+        )
 
     def _refuse(self, step: int, outcome: SaveOutcome, failure: str) -> None:
         run_dir = self._parts.run_dir
