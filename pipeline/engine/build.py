@@ -1,6 +1,6 @@
 """From a configuration to the parts that the loop works with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,20 +96,12 @@ def build(
     first_step = state["step"] + 1 if state else 1
     given = open_initial(config) if state is None else None
     # Workers start first: they import and decode while the networks are built.
-    loader = make_loader(
-        config.data,
-        plans=partial(rank_plans, config, launch, first_step, start.rewinds),
-        collate=partial(collate_plan, seed=config.seed),
-        seed=config.seed,
-        pin=device.type == "cuda",
-    )
+    plans = partial(rank_plans, config, launch, first_step, start.rewinds)
+    loader = _loader(config, plans, device)
     seed_everything(config.seed)
     engine = ZeroEngine(config, device)
-    origin, taken_up = None, None
-    if start.found is not None:
-        taken_up = take_up(engine, start.found, config)
-    elif given is not None:
-        origin = load_initial(engine, config, given)
+    taken_up = None if start.found is None else take_up(engine, start.found, config)
+    origin = None if given is None else load_initial(engine, config, given)
     tracker = _tracker(config, launch, resume=state is not None)
     recorded = read_run_info(config.run_dir).get("tuning", {})
     return Parts(
@@ -134,6 +126,18 @@ def build(
         token=start.token,
         rewinds=start.rewinds,
         data_changes=changes,
+    )
+
+
+def _loader(
+    config: RunConfig, plans: Callable[[], Iterator[MicroBatchPlan]], device: torch.device
+) -> Loader:
+    return make_loader(
+        config.data,
+        plans=plans,
+        collate=partial(collate_plan, seed=config.seed),
+        seed=config.seed,
+        pin=device.type == "cuda",
     )
 
 
