@@ -1,9 +1,12 @@
 """A micro-batch is its clips in order, with masks drawn by position."""
 
+import pickle
+
 import pytest
 import torch
 
 from pipeline.clip import Clip, ClipRef, Grid, MicroBatchPlan, SampleFault
+from pipeline.data.blocks import Sent
 from pipeline.errors import DataError
 from pipeline.masks.blocks import REFERENCE_MASKS, MaskConfig
 from pipeline.masks.collate import collate, collate_plan
@@ -103,3 +106,15 @@ def test_a_plan_is_collated_with_its_own_step_stage_grid_and_masks():
         batch.masks[0].context_BK,
         sample_masks(plan.masks, GRID, 5, plan.positions)[0].context_BK,
     )
+
+
+def test_masks_of_unequal_length_come_out_of_a_worker_as_they_went_in():
+    batch = _collate([_clip(p) for p in range(4)], masks=MaskConfig(truncate="none"))
+    assert batch.masks[0].context_lengths is not None
+    again = pickle.loads(pickle.dumps(Sent(batch=batch, place=None))).batch  # noqa: S301 - our own
+    for sent, received in zip(batch.masks, again.masks, strict=True):
+        assert received.kept() == sent.kept()
+        assert torch.equal(received.context_BK, sent.context_BK)
+        assert torch.equal(received.target_BK, sent.target_BK)
+    pinned = again.to(torch.device("cpu"))
+    assert pinned.masks[0].context_lengths == batch.masks[0].context_lengths
