@@ -62,12 +62,21 @@ def has_credentials(text: str) -> bool:
     return bool(_IN_ADDRESS.search(text) or ("://" in text and _IN_QUERY.search(text)))
 
 
+def secret_variables(prefix: str) -> list[str]:
+    """Names of the environment variables with this beginning that hold secrets."""
+    return sorted(n for n, v in os.environ.items() if n.startswith(prefix) and v and _is_secret(n))
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_NAME.search(name))
+
+
 def _secrets_of_the_environment() -> list[str]:
     """The longest first: one may be a part of another."""
     found = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _MIN_SECRET_CHARACTERS and _NAME.search(name)
+        if len(value) >= _MIN_SECRET_CHARACTERS and _is_secret(name)
     }
     # A variable may name the file that holds the secret.
     return sorted((value for value in found if not value.startswith("/")), key=len, reverse=True)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.cli import main
 from pipeline.config.load import load_config
-from pipeline.errors import ConfigError, ExitCode
+from pipeline.engine.check import check_run
+from pipeline.errors import ConfigError, ExitCode, UsageError
 from pipeline.redact import has_credentials, redacted, without_secrets
 from pipeline.run import RunConfig
 from pipeline.track.folder import RUN_FILE, update_run_info
@@ -122,3 +123,16 @@ def test_no_canary_arrives_in_the_log_of_a_crash(monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert "amqp://me:***@host" in printed
     assert CANARY not in printed
+
+
+def test_a_password_is_never_sent_in_clear_to_another_machine(monkeypatch):
+    uri = "track.mlflow.tracking_uri=http://mlflow.example:5000"
+    words = [uri, "track.mlflow.allow_plain_http=true"]
+    config = load_config(TINY, RunConfig, words).config
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", CANARY)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD would be sent in clear") as at:
+        check_run(config, 1)
+    assert CANARY not in str(at.value)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    with pytest.raises(UsageError, match="no prepared dataset"):
+        check_run(config, 1)

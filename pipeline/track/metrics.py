@@ -73,6 +73,12 @@ class MlflowConfig(Section):
         return self
 
 
+def sends_in_clear(config: MlflowConfig) -> bool:
+    """Whether what goes to MLflow can be read on its way by others."""
+    parts = urlsplit(config.tracking_uri or "")
+    return config.enabled and parts.scheme == "http" and parts.hostname not in _LOOPBACK
+
+
 class TrackConfig(Section):
     """What is recorded of a run, and where it is shown."""
 
