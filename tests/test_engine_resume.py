@@ -42,7 +42,9 @@ def test_losses_and_end_of_a_resumed_run_are_those_of_one_never_stopped(two_rank
     end, end_again = report["ends"]
     assert end_again == end
     assert any(name.startswith("exp_avg_sq/predictor.") for name in end)
-    assert any(name.startswith("teacher.") for name in end)
+    averaged = {name: end[f"encoder{name[7:]}"] for name in end if name.startswith("teacher.")}
+    assert averaged
+    assert all(end[name] != student for name, student in averaged.items())
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,9 @@ def ls(run: Path, *, json: JsonFlag = False) -> None:
         table.add_row(*_cells(row))
     console = Console()
     console.print(table if rows else f"{run} has no checkpoint yet.")
+    for row in rows:
+        for problem in row["problems"]:
+            console.print(f"step {row['step']}: {problem}", markup=False, soft_wrap=True)
     for name in partials:
         console.print(
             f"{name}: a save that was cut short; it is ignored and goes at the next resume."
@@ -207,7 +210,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     age = "?"
     if row["created"]:
         age = duration((datetime.now(UTC) - datetime.fromisoformat(row["created"])).total_seconds())
-    state = "damaged" if row["problems"] else "whole"
+    state = "not usable" if row["problems"] else "whole"
     return [
         str(row["step"]),
         row["stage"] or "?",
@@ -215,7 +218,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         age,
         str(row["world_size"] or "?"),
         f"{state}, pinned" if row["pinned"] else state,
-        row["path"],
+        Path(row["path"]).name,
     ]
 
 
