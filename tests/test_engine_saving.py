@@ -83,7 +83,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written(behind):
     inside = [s for s in read_metrics(behind) if begun.time < s.time < saved.time]
     assert [s.report.step for s in inside] == [3], "its end is a stage's, which waits to be saved"
     assert inside[0].time - begun.time > 0.5, "no update before the copy is there"
-    assert saved.details["behind_seconds"] > 1.4 > 10 * begun.details["seconds"]
+    assert saved.details["behind_seconds"] > 1.4 > 3 * begun.details["seconds"]
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_store_bit_for_bit(behind, folder, tmp_path):
