@@ -22,7 +22,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.buildlocks import clear_stale_locks
 from pipeline.errors import PeerLostError, UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -170,7 +169,6 @@ def set_cpu_threads(launch: Launch) -> None:
 def prepare_libraries(extensions: Path) -> None:
     """Settings that DeepSpeed and MLflow read from the environment when they are imported."""
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
-    clear_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("WDS_SECURE", "1")
     if not torch.cuda.is_available():

@@ -274,6 +274,9 @@ def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any
 
 def _quieten() -> None:
     deepspeed_logger.setLevel(logging.WARNING)
+    # An all-reduce for inference that DeepSpeed compiles on a CPU's first start. Nothing uses it,
+    # and a process killed meanwhile leaves a lock that every later start waits for, without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # On CPUs torch says this for each of thousands of collectives that DeepSpeed starts.
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
         warnings.filterwarnings("ignore", message=f".*{name}.*")

@@ -76,6 +76,7 @@ class Run:
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(self.path.parent / "extensions"),
             "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)]),
             "JEPA_FAULTS": json.dumps(self._planned(faults)),
         }

@@ -89,6 +89,11 @@ def test_a_worker_killed_in_the_middle_is_on_record(hurt):
     assert all("killed by SIGKILL" in notice and "restarted" in notice for notice in notices)
 
 
+def test_no_start_compiles_anything_that_a_kill_could_leave_locked(hurt):
+    """torch waits without a limit for a build that was killed; the only cure is not to build."""
+    assert not (hurt[0].path.parent / "extensions").exists()
+
+
 def steps_of(run: Run, name: str) -> list[dict]:
     from pipeline.track.metrics import read_events  # noqa: PLC0415
 
