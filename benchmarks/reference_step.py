@@ -172,7 +172,7 @@ class ReferenceStep:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._move_teacher(momentum)
-        return float(loss)
+        return loss.item()
 
     def _loss(self, video_BCTHW: Tensor, batch: ClipBatch) -> Tensor:
         with torch.no_grad():

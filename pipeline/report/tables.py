@@ -85,6 +85,9 @@ def stage_section(facts: RunFacts) -> str:
                 number(sum(report.clips for report in reports)),
                 number(tokens),
                 duration(rates.step_seconds if rates else None),
+                number(rates.tokens_per_second if rates else None),
+                percent(rates.mfu if rates else None),
+                f"{max(report.peak_memory_gib for report in reports):.1f} GiB",
                 percent(wait_share(reports)),
                 percent(seconds / total if total else None, 0),
             )
@@ -93,7 +96,7 @@ def stage_section(facts: RunFacts) -> str:
         return section("Stages", missing("No step has been taken yet."))
     headings = (
         "stage", "frames", "size", "tokens a clip", "steps", "clips", "tokens", "median step",
-        "waiting", "of step time",
+        "tokens/s", "MFU", "peak memory", "waiting", "of step time",
     )  # fmt: skip
     return section("Stages", table(headings, rows))
 
