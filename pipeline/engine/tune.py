@@ -114,17 +114,13 @@ class StageTuner:
         shapes = attention_shapes(self._config, place.index)
         choices = choose_attention(list(shapes.values()), self._device, self._dtype)
         for choice in choices:
-            took = {
-                one.kernel: one.reason if one.milliseconds is None else round(one.milliseconds, 3)
-                for one in choice.timings
-            }
+            took = {one.kernel: one.milliseconds for one in choice.timings if one.milliseconds}
             self._tracker.event(
                 "attention",
                 step=step,
                 calls=choice.shape.name,
                 kernel=choice.kernel,
-                milliseconds={name: ms for name, ms in took.items() if isinstance(ms, float)},
-                not_timed={name: why for name, why in took.items() if isinstance(why, str)},
+                milliseconds={name: round(ms, 3) for name, ms in took.items()},
             )
         return {name: one.kernel for name, one in zip(shapes, choices, strict=True)}
 

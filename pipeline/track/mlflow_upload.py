@@ -39,10 +39,8 @@ _METRICS_PER_BATCH, _PARAMS_PER_BATCH, _PARAM_CHARACTERS = 900, 90, 500
 # Saves how far it came after each so much of a file.
 _READ_BYTES = 2**20
 # Constant within a stage, or not numbers.
-_NOT_PLOTTED = (
-    *("time", "step", "stage_name", "terms", "health"),
-    *("clips", "tokens", "flops", "hardware_flops"),
-)
+_NOT_PLOTTED = ("time", "step", "stage_name", "terms", "health")
+_NOT_PLOTTED += ("clips", "tokens", "flops", "hardware_flops")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 120.0
 _MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED"}
 # A refused or hanging server, a locked or read-only database, a vanished artefact folder.
