@@ -6,19 +6,15 @@ ranks that each train alone would overwrite one another's checkpoints.
 """
 
 import os
-import platform
 import random
 import re
 import socket
-import subprocess
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -175,22 +171,6 @@ def prepare_libraries(extensions: Path) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def machine() -> dict[str, str | int | float]:
-    """A short description of the machine and versions, for run records and benchmarks."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30, 1),
-        "gpus": ", ".join(gpus) or "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def job_id() -> tuple[str, str]:
     """The scheduler's job and which of its starts this is; empty without a scheduler."""
     return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
@@ -207,21 +187,6 @@ def record_collectives(folder: Path) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))
-
-
-def process_age_seconds() -> float:
-    """Wall time since the operating system started this process, imports included."""
-    return time.time() - psutil.Process().create_time()
-
-
-def git_commit(folder: Path) -> str:
-    """The commit of the checkout that holds `folder`, with `+changes` if it is not clean."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def free_port() -> int:
@@ -299,12 +264,3 @@ def _wait_for_all(store: Any, launch: Launch, timeout: timedelta) -> None:
             f"these ranks never came: {', '.join(missing)}.",
             remedy="Look at the logs of those ranks' nodes, then start the job again.",
         ) from None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.environment import git_commit, machine
+from pipeline.machine import git_commit, machine
 
 
 def document(name: str, figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

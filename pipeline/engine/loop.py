@@ -18,11 +18,11 @@ from pipeline.environment import (
     choose_device,
     join_process_group,
     leave_process_group,
-    process_age_seconds,
     record_collectives,
     set_cpu_threads,
 )
 from pipeline.errors import ExitCode, NumericsError
+from pipeline.machine import process_age_seconds
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
 from pipeline.track.faults import FAULTS_FOLDER, fault_fields

@@ -18,7 +18,7 @@ from pipeline.checkpoint.retain import clear_partials, set_aside_after
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
 from pipeline.engine.lease import Ownership
-from pipeline.environment import Launch, git_commit, machine, process_age_seconds
+from pipeline.environment import Launch
 from pipeline.errors import (
     CheckpointError,
     JepaError,
@@ -27,6 +27,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.files import write_atomically
+from pipeline.machine import git_commit, machine, process_age_seconds
 from pipeline.run import RunConfig
 from pipeline.track.faults import FAULTS_FOLDER, read_faults, with_faults
 from pipeline.track.folder import (
