@@ -42,7 +42,8 @@ def main() -> int:
     figures |= {"promises": [asdict(row) for row in rows], "seconds": time.monotonic() - begin}
     text = markdown(rows, parts, arguments)
     sys.stdout.write(text)
-    write_result("faults", figures, vars(arguments), folder=arguments.out)
+    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    write_result("faults", figures, settings, folder=arguments.out)
     (arguments.out / "faults.md").write_text(text)
     return int(any(row.verdict == "FAIL" for row in rows))
 

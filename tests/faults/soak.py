@@ -44,7 +44,9 @@ def run(steps: int, folder: Path) -> SoakReport:
         samples += [sample] if sample else []
         time.sleep(_SAMPLE_SECONDS)
     outcome = finish(process)
-    late = np.array([s for s in samples if s[0] >= _WARM_UP * steps], dtype=np.float64)
+    # Not the end, when everything is let go.
+    late = [sample for sample in samples if _WARM_UP * steps <= sample[0] < steps]
+    late = np.array(late, dtype=np.float64).reshape(-1, 5)
     growth = late[-1] - late[0] if len(late) > 1 else np.full(5, np.nan)
     slope = float(np.polyfit(late[:, 0], late[:, 1], 1)[0]) if len(late) > 2 else float("nan")
     return SoakReport(
