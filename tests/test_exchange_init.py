@@ -116,7 +116,8 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks_with_every_difference(
         "objective.encoder.depth: this run has 1, the weights 2",
         "objective.encoder.heads: this run has 4, the weights 2",
         "encoder.blocks.1.norm1.weight: this run has no place for it",
-        "objective.encoder.depth=2",
+        "objective.encoder.width=48 objective.encoder.depth=2",
+        "attention.positions=rope attention.rope=tiled",
     ):
         assert part in said
 
@@ -158,7 +159,12 @@ def test_jepa_train_starts_from_weights_and_tells_everywhere(given, tmp_path):
     assert not torch.equal(last["norm.weight"], parts["teacher"]["norm.weight"])
     assert main(["ckpt", "export", str(run), str(tmp_path / "hf"), "--format", "hf"]) == 0
     card = (tmp_path / "hf" / "README.md").read_text()
-    for part in ("base_model:", "| short | 4 | 4 | 32 px | 3 of 3 |", "global batch 8", "32 clips"):
+    for part in (
+        "weights of `both` (vjepa2,",
+        "| short | 4 | 4 | 32 px | 3 of 3 |",
+        "global batch 8",
+        "32 clips",
+    ):
         assert part in card, part
 
 

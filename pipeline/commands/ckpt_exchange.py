@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -29,15 +30,15 @@ from pipeline.exchange.transfer import (
 class ImportFlags:
     """What the source does not tell."""
 
-    heads: int | None = None
+    heads: PositiveInt | None = None
     """Encoder heads, for sizes that have no name."""
-    predictor_heads: int | None = None
+    predictor_heads: PositiveInt | None = None
     """Predictor heads, for widths other than 384."""
     positions: Literal["rope", "sincos"] = "rope"
     """`sincos` for checkpoints of V-JEPA 1, whose position tables are compared with ours."""
-    frames: int | None = None
+    frames: PositiveInt | None = None
     """Frames of the clips that it was trained on last."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Height and width in pixels of those clips."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Replace an earlier import of this name."""
@@ -51,9 +52,9 @@ class ExportFlags:
     """Step of a run; the newest that is whole by default."""
     weights: Literal["teacher", "student"] = "teacher"
     """The averaged teacher, as evaluations use, or the student."""
-    frames: int | None = None
+    frames: PositiveInt | None = None
     """Clip length to name; that of the last stage by default."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Clip size in pixels, which fixes transformers' positions; the last stage's by default."""
     license: str | None = None
     """Licence of the weights, for the card's front matter."""
@@ -155,12 +156,14 @@ class _Shown:
 
     def __init__(self, what: str) -> None:
         self._what = what
+        console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            console=Console(stderr=True, highlight=False),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> Callable[[int, int], None]:

@@ -205,11 +205,9 @@ def _settings(section: Section) -> dict[str, Any]:
 
 def _sizes_to_set(given: Networks) -> str:
     dims = given.encoder.dims
-    words = [f"attention.rope={given.attention.rope}"]
-    if given.encoder.width is None:
-        words.append(f"objective.encoder.size={given.encoder.size}")
-    else:
-        words += [f"objective.encoder.{key}={getattr(dims, key)}" for key in _DIMS]
+    words = [f"attention.{key}={value}" for key, value in _settings(given.attention).items()]
+    # Numbers, not the name of a size: those that a run has set beside the name would stay.
+    words += [f"objective.encoder.{key}={getattr(dims, key)}" for key in _DIMS]
     words += [
         f"objective.encoder.patch_size={given.encoder.patch_size}",
         f"objective.encoder.tubelet_size={given.encoder.tubelet_size}",

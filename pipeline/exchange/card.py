@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.exchange.difference import Difference
 from pipeline.exchange.layout import Networks
+from pipeline.exchange.training import last_name
 
 CARD_FILE = "README.md"
 
@@ -32,7 +33,7 @@ def card(facts: CardFacts) -> str:
     """The text of README.md."""
     parts = [
         _front_matter(facts),
-        f"# {facts.name}\n",
+        f"# {' '.join(facts.name.split())}\n",
         _model(facts),
         _use(facts),
         _training(facts),
@@ -54,9 +55,6 @@ def _front_matter(facts: CardFacts) -> str:
     names = [str(source["name"]) for source in training.get("sources", [])]
     if names:
         front["datasets"] = names
-    base = (training.get("base_model") or {}).get("source")
-    if base:
-        front["base_model"] = str(base)
     # JSON is YAML, and quotes whatever a name may hold.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
     return "\n".join(["---", *lines, "---", ""])
@@ -77,17 +75,20 @@ def _model(facts: CardFacts) -> str:
         text = _size(narrow.width, narrow.depth, narrow.heads, narrow.mlp_hidden)
         rows.insert(1, ("predictor", f"{text}, {predictor.num_mask_tokens} mask tokens"))
     return (
-        "Self-supervised video encoder of the V-JEPA 2 kind (arXiv 2506.09985), with its "
-        "predictor.\n\n" + _table(("", ""), rows)
+        "Self-supervised video encoder of the V-JEPA 2 kind (arXiv 2506.09985)"
+        + (", with its predictor" if predictor is not None else "")
+        + ".\n\n"
+        + _table(("", ""), rows)
     )
 
 
 def _use(facts: CardFacts) -> str:
+    name = json.dumps(facts.name, ensure_ascii=False)
     if facts.format == "hf":
         code = (
             "from transformers import AutoModel, AutoVideoProcessor\n\n"
-            f'model = AutoModel.from_pretrained("{facts.name}")\n'
-            f'processor = AutoVideoProcessor.from_pretrained("{facts.name}")\n'
+            f"model = AutoModel.from_pretrained({name})\n"
+            f"processor = AutoVideoProcessor.from_pretrained({name})\n"
             'inputs = processor(frames_TCHW, return_tensors="pt")\n'
             "features = model(**inputs, skip_predictor=True).last_hidden_state"
         )
@@ -101,12 +102,11 @@ def _use(facts: CardFacts) -> str:
                 "one length has used the first alone.\n"
             )
     elif facts.format == "safetensors":
-        code = (
-            f'from pipeline.exchange import load_encoder\n\nencoder = load_encoder("{facts.name}")'
-        )
+        code = f"from pipeline.exchange import load_encoder\n\nencoder = load_encoder({name})"
         warning = ""
     else:
-        return "## Use\n\nAn official checkpoint file: `encoder`, `target_encoder`, `predictor`.\n"
+        keys = ["encoder", "target_encoder", *(["predictor"] if facts.networks.predictor else [])]
+        return f"## Use\n\nAn official checkpoint file: `{'`, `'.join(keys)}`.\n"
     return f"## Use\n\n```python\n{code}\n```\n{warning}"
 
 
@@ -139,7 +139,7 @@ def _training(facts: CardFacts) -> str:
         f"## Training\n\nStep {told['step']:,} of {told['num_steps']:,}; global batch "
         f"{told['global_batch']:,} clips; {told['clips_seen']:,} clips and "
         f"{told['tokens_seen']:,} tokens seen; {told['precision']}, averages in fp32; code "
-        f"{_code(told)}.\n\n"
+        f"{_code(told)}.{_base(told.get('base_model'))}\n\n"
         + _table(headings, stages)
         + "\n### Data\n\n"
         + _table(("dataset", "samples", "weight", "digest"), sources)
@@ -185,7 +185,11 @@ def _parity(facts: CardFacts) -> str:
 
 def _origin(facts: CardFacts) -> str:
     hidden = ("training", "notes", "files")
-    rows = [(key, f"`{value}`") for key, value in facts.provenance.items() if key not in hidden]
+    rows = [
+        (key, f"`{last_name(value) if key in ('source', 'exchange') else value}`")
+        for key, value in facts.provenance.items()
+        if key not in hidden
+    ]
     notes = "".join(f"- {note}\n" for note in facts.notes)
     return "## Origin\n\n" + _table(("", ""), rows) + (f"\n{notes}" if notes else "")
 
@@ -194,6 +198,17 @@ def _positions(networks: Networks) -> str:
     if networks.attention.positions == "sincos":
         return "fixed table of sines and cosines, added to the tokens"
     return f"3-D rotary, {networks.attention.rope}"
+
+
+def _base(base: Mapping[str, Any] | None) -> str:
+    # Not in the front matter: model hubs read a name of their own there, and refuse a path.
+    if not base:
+        return ""
+    digest = f", digest `{str(base['digest'])[:16]}`" if base.get("digest") else ""
+    return (
+        f" Started from the weights of `{last_name(base['source'])}` ({base['format']}{digest}); "
+        f"the teacher was {base['teacher']}."
+    )
 
 
 def _code(told: Mapping[str, Any]) -> str:

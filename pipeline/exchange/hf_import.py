@@ -1,14 +1,13 @@
 """Folders of transformers' `VJEPA2Model` (5.23), read strictly and without transformers."""
 
 import json
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.exchange.hf_export import CONFIG_FILE, FIXED, WEIGHTS, WEIGHTS_INDEX
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.names import hf_recipe, translate
@@ -19,6 +18,7 @@ from pipeline.files import sha256_of
 from pipeline.models.encoder import EncoderConfig
 from pipeline.models.predictor import PredictorConfig
 
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")
 # transformers' own defaults, for what a config.json leaves out.
 _DEFAULTS: dict[str, Any] = {
     **FIXED,
@@ -53,8 +53,16 @@ def read_hf(folder: Path, options: ImportOptions, *, digest: bool = True) -> Sou
         digest: Also read every byte for the digest that tells where networks are from.
 
     Raises:
+        UsageError: It is no folder, or is to have positions that transformers lacks.
         CheckpointError: The folder is no such model, or is not whole; every reason is named.
     """
+    if not folder.is_dir():
+        raise UsageError(
+            f"expected a folder of transformers, found none at {folder}",
+            remedy="Give the folder with config.json; a .pt file is read with --format vjepa2.",
+        )
+    if options.positions != "rope":
+        raise UsageError(f"transformers' VJEPA2Model is always rotary, not {options.positions}")
     config = read_json(folder / CONFIG_FILE)
     networks = _networks_of(config, folder, options)
     files = _weight_files(folder)
@@ -75,7 +83,7 @@ def read_hf(folder: Path, options: ImportOptions, *, digest: bool = True) -> Sou
 def _networks_of(config: Mapping[str, Any], folder: Path, options: ImportOptions) -> Networks:
     whole = {**_DEFAULTS, **config}
     patch = whole["patch_size"]
-    if isinstance(patch, list) and len(set(patch)) == 1:
+    if isinstance(patch, list) and patch and patch == patch[:1] * len(patch):
         whole["patch_size"] = patch[0]
     wrong = [
         f"{key} is {config.get(key)!r}, expected {value!r}"
@@ -111,7 +119,7 @@ def _networks_of(config: Mapping[str, Any], folder: Path, options: ImportOptions
             frames=options.frames or whole["frames_per_clip"],
             resolution=options.resolution or whole["crop_size"],
         )
-    except (ValidationError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} holds sizes that cannot be built: {error}",
             remedy="Check the file against the model's own page.",
@@ -122,12 +130,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     home = read_json(folder / WEIGHTS_INDEX).get("weight_map")
-    names: set[Any] = set(home.values()) if isinstance(home, dict) else {None}
+    names: list[Any] = list(home.values()) if isinstance(home, dict) else [None]
     # A name with a slash in it would read files outside the folder.
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    strange = [name for name in names if not isinstance(name, str) or not _FILE.fullmatch(name)]
     if strange:
         raise CheckpointError(
-            f"{folder / WEIGHTS_INDEX}: expected names of files in the folder, got {strange}.",
+            f"{folder / WEIGHTS_INDEX}: expected names of files in the folder, got {strange[:5]}.",
             remedy="Fetch the folder again from a source that you trust.",
         )
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]

@@ -54,9 +54,9 @@ class Networks(Section):
     """How tokens know their place; the kernel named in it does not matter."""
     encoder_is: Role = "unknown"
     """Whose weights stand under `encoder`: the student's, or the averaged teacher's."""
-    frames: int | None = None
+    frames: int | None = Field(default=None, gt=0)
     """Frames of the clips seen last in training, where that is known."""
-    resolution: int | None = None
+    resolution: int | None = Field(default=None, gt=0)
     """Height and width of those clips in pixels, where that is known."""
 
 

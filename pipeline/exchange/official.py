@@ -179,12 +179,18 @@ def _cleaned(state: Any, source: str) -> dict[str, Tensor]:
     tensors = {}
     for key, tensor in state.items():
         name = _WRAPPERS.sub("", str(key))
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
+        if not _dense_floating(tensor):
             raise CheckpointError(f"{source}: {key} is no dense tensor of floating numbers.")
         if name in tensors:
             raise CheckpointError(f"{source} holds {name} twice, with other words in front.")
         tensors[name] = tensor
     return tensors
+
+
+def _dense_floating(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    return value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -74,6 +74,11 @@ def _commit(path: Path, step: int | None, *, verify: bool) -> Path:
 
 def _of_commit(commit_dir: Path) -> Source:
     run_dir = commit_dir.parent.parent
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{commit_dir} is away from its run, whose {CONFIG_FILE} tells the sizes.",
+            remedy="Put it back into the run's folder `checkpoints`, and export it from there.",
+        )
     config = load_config(run_dir / CONFIG_FILE, RunConfig).config
     manifest = layout.read_manifest(commit_dir)
     # The untrained weights, too, were made for the first stage.

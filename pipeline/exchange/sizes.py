@@ -17,6 +17,7 @@ from pipeline.models.predictor import Predictor, PredictorConfig
 _Config = TypeVar("_Config", EncoderConfig, PredictorConfig)
 # Every predictor of V-JEPA 2 has this width and as many heads.
 _PREDICTOR_WIDTH, _PREDICTOR_HEADS = 384, 12
+_MOST = {"depth": 1 << 10, "width": 1 << 17, "mlp_hidden": 1 << 20}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,12 @@ def canonical(config: EncoderConfig) -> EncoderConfig:
 
 
 def expected_shapes(networks: Networks, *, teacher: bool = False) -> dict[str, Shape]:
-    """Names and shapes of all weights of `networks`, `teacher.*` too if asked for."""
+    """Names and shapes of all weights of `networks`, `teacher.*` too if asked for.
+
+    Raises:
+        CheckpointError: A size is beyond all sense; building it would take for ever.
+    """
+    _check_sane(networks)
     encoder = new_encoder(networks).state_dict()
     parts = {"encoder": encoder, **({"teacher": encoder} if teacher else {})}
     if networks.predictor is not None:
@@ -95,6 +101,21 @@ def new_predictor(networks: Networks) -> Predictor:
             encoder_width=networks.encoder.dims.width,
             attention=networks.attention,
             levels=max(1, len(networks.encoder.levels)),
+        )
+
+
+def _check_sane(networks: Networks) -> None:
+    encoder, predictor = networks.encoder, networks.predictor
+    sizes = {"patch size": encoder.patch_size, "tubelet size": encoder.tubelet_size}
+    for name, dims in (("encoder", encoder.dims), ("predictor", predictor and predictor.dims)):
+        if dims is not None:
+            sizes |= {f"{name} {key}": getattr(dims, key) for key in _MOST}
+    sizes |= {"mask tokens": predictor.num_mask_tokens} if predictor is not None else {}
+    wrong = [f"{k} {v}" for k, v in sizes.items() if v > _MOST.get(k.partition(" ")[2], 1 << 14)]
+    if wrong:
+        raise CheckpointError(
+            f"No network has these sizes: {', '.join(wrong)}.",
+            remedy="Fetch the source again; it is damaged, or was made to do harm.",
         )
 
 

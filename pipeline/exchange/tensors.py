@@ -16,6 +16,7 @@ from pipeline.errors import CheckpointError, StorageError
 # Large enough for few files, small enough that one fits into the memory of any machine.
 SHARD_BYTES = 2 << 30
 _MAX_JSON_BYTES = 16 << 20
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int, ...]
 
@@ -59,7 +60,8 @@ def open_safetensors(paths: Iterable[Path]) -> Tensors:
     """All tensors of some files; the files stay mapped as long as the result lives.
 
     Raises:
-        CheckpointError: A file is no safetensors file, or two hold a tensor of one name.
+        CheckpointError: A file is no safetensors file, two hold a tensor of one name, or one holds
+            other than floating numbers of 16 bits or more.
     """
     home: dict[str, Any] = {}
     shapes: dict[str, Shape] = {}
@@ -75,8 +77,15 @@ def open_safetensors(paths: Iterable[Path]) -> Tensors:
         for name in file.keys():  # noqa: SIM118 - no dictionary
             if name in home:
                 raise CheckpointError(f"{path}: tensor {name} is in another file too.")
+            facts = file.get_slice(name)
+            kind = facts.get_dtype()
+            if kind not in _FLOATING:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {kind}, expected {', '.join(_FLOATING)}.",
+                    remedy="Quantised weights mean nothing without their scales: take full ones.",
+                )
             home[name] = file
-            shapes[name] = tuple(file.get_slice(name).get_shape())
+            shapes[name] = tuple(facts.get_shape())
     return Tensors(shapes=shapes, read=lambda name: home[name].get_tensor(name))
 
 
@@ -131,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"Cannot read {path}: {error.strerror}") from error
     try:
         content = json.loads(text) if len(text) <= _MAX_JSON_BYTES else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object of at most 16 MiB.")

@@ -44,6 +44,11 @@ def training_facts(source: Source) -> dict[str, Any] | None:
     }
 
 
+def last_name(path: object) -> str:
+    """A folder's own name: where it lies is nobody's business but its owner's."""
+    return str(path).rstrip("/").rpartition("/")[2]
+
+
 def _stages(config: RunConfig, step: int) -> list[dict[str, Any]]:
     rows, left = [], step
     for stage in config.stages:
@@ -66,21 +71,16 @@ def _stages(config: RunConfig, step: int) -> list[dict[str, Any]]:
 def _sources(state: Mapping[str, Any], config: RunConfig) -> list[dict[str, Any]]:
     told = state.get("data", {}).get("sources", [])
     if not told:
-        return [{"name": _last(source.path)} for source in config.data.sources]
+        return [{"name": last_name(source.path)} for source in config.data.sources]
     return [
         {
-            "name": _last(one["path"]),
+            "name": last_name(one["path"]),
             "digest": one["digest"],
             "samples": one["num_samples"],
             "weight": one["weight"],
         }
         for one in told
     ]
-
-
-def _last(path: object) -> str:
-    # The folder's own name: where it lies is nobody's business but the trainer's.
-    return str(path).rstrip("/").rpartition("/")[2]
 
 
 def _probe_files(source: Source, step: int) -> list[Any]:

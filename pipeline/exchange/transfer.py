@@ -14,7 +14,14 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.exchange.card import CARD_FILE, CardFacts, card
 from pipeline.exchange.difference import Difference, measure
-from pipeline.exchange.hf_export import CONFIG_FILE, hf_config, inexpressible, write_hf
+from pipeline.exchange.hf_export import (
+    CONFIG_FILE,
+    PROCESSOR_FILE,
+    WEIGHTS_INDEX,
+    hf_config,
+    inexpressible,
+    write_hf,
+)
 from pipeline.exchange.layout import EXCHANGE_FILE, WEIGHTS_STEM, Exchange, Networks, write_exchange
 from pipeline.exchange.names import official_recipe
 from pipeline.exchange.source import Source
@@ -25,6 +32,10 @@ from pipeline.files import publish, sync_file, sync_folder
 Format = Literal["hf", "safetensors", "vjepa2"]
 Which = Literal["teacher", "student"]
 OFFICIAL_FILE = "checkpoint.pt"
+# Everything that imports, exports and probes of them put into a folder, beside safetensors.
+_WEIGHTS = ".safetensors"
+_MARKERS = (EXCHANGE_FILE, CONFIG_FILE, OFFICIAL_FILE)
+_MADE_HERE = frozenset({*_MARKERS, CARD_FILE, PROCESSOR_FILE, WEIGHTS_INDEX, "probes"})
 Report = Callable[[int, int], None]
 
 
@@ -64,7 +75,7 @@ def import_networks(source: Source, out: Path, *, force: bool, report: Report) -
         UsageError: `out` exists, and is not to be replaced.
         StorageError: It cannot be written.
     """
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, source, force=force) as folder:
         home = write_safetensors(folder, WEIGHTS_STEM, _counted(source.tensors, report))
         told = {**source.provenance, "notes": list(source.notes)}
         return write_exchange(folder, source.networks, told, sorted(set(home.values())))
@@ -86,11 +97,13 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
         StorageError: It cannot be written.
     """
     networks, notes = _chosen(source, request)
+    if request.format == "vjepa2" and not source.has_teacher:
+        notes += ("`target_encoder` is a copy of `encoder`: the source holds one encoder",)
     config = _config(networks, request.format)
     training = training_facts(source)
     notes = (*source.notes, *notes)
     told = {**source.provenance, "notes": list(notes), "training": training}
-    with new_folder(out, force=request.force) as folder:
+    with new_folder(out, source, force=request.force) as folder:
         difference = None
         if request.format == "vjepa2":
             _write_official(folder, source, report)
@@ -105,7 +118,7 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
             if config is not None and request.check:
                 difference = measure(folder, networks, tensors)
         facts = CardFacts(
-            name=out.name,
+            name=out.resolve().name,
             networks=networks,
             weights=request.weights,
             format=request.format,
@@ -121,14 +134,16 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
 
 
 @contextmanager
-def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+def new_folder(out: Path, source: Source, *, force: bool) -> Iterator[Path]:
     """A folder under another name that becomes `out` when the block ends without an error.
 
     Raises:
-        UsageError: `out` exists and may not be replaced, or is nothing that was made here.
+        UsageError: `out` exists and may not be replaced: it is the source, or holds anything that
+            no import or export makes.
         StorageError: The file system refuses.
     """
-    _check_free(out, force=force)
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - `.` has no name; links stay as they are
+    _check_free(out, source, force=force)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -146,27 +161,42 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_free(out: Path, *, force: bool) -> None:
-    if not out.exists():
+def _check_free(out: Path, source: Source, *, force: bool) -> None:
+    if not os.path.lexists(out):
         return
     if not force:
         raise UsageError(f"{out} exists already.", remedy="Choose another OUT, or add --force.")
-    made_here = (EXCHANGE_FILE, CONFIG_FILE, OFFICIAL_FILE)
-    if not any((out / name).is_file() for name in made_here):
+    if reason := _precious(out, source):
         raise UsageError(
-            f"{out} is no import or export: --force would remove what it is.",
+            f"{out} {reason}: --force would remove it.",
             remedy="Choose another OUT, or remove it yourself.",
         )
 
 
+def _precious(out: Path, source: Source) -> str | None:
+    """Why a path is not replaced even where that is asked for."""
+    if out.is_symlink() or not any((out / name).is_file() for name in _MARKERS):
+        return "is no import or export"
+    read = [Path(str(source.provenance.get(key, ""))) for key in ("source", "exchange")]
+    if any(path.resolve() == out.resolve() for path in read):
+        return "is what is read from"
+    names = sorted(path.name for path in out.iterdir())
+    others = [name for name in names if name not in _MADE_HERE and not name.endswith(_WEIGHTS)]
+    return f"holds {', '.join(others[:5])}, which no import or export makes" if others else None
+
+
 def _replace(partial: Path, out: Path) -> None:
-    old = None
-    if out.exists():
-        old = out.with_name(f"{out.name}.old-{os.getpid()}")
-        out.rename(old)
-    publish(partial, out)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        publish(partial, out)
+        return
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        publish(partial, out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _chosen(source: Source, request: ExportRequest) -> tuple[Networks, tuple[str, ...]]:
