@@ -36,10 +36,7 @@ def test_it_is_the_sum_that_its_definition_says():
 @given(cuts=st.lists(st.integers(0, NUMEL), max_size=8), seed=st.integers(0, 99))
 def test_any_cut_into_pieces_added_in_any_order_gives_the_same(flat, cuts, seed):
     borders = [0, *sorted(cuts), NUMEL]
-    parts = [
-        fingerprint_piece(flat[start:stop], start)
-        for start, stop in pairwise(borders)
-    ]
+    parts = [fingerprint_piece(flat[start:stop], start) for start, stop in pairwise(borders)]
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
     assert combine(parts[place] for place in order) == fingerprint_piece(flat, 0)
 
