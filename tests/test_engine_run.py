@@ -15,7 +15,7 @@ import pytest
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.load import iterate_weights
 from pipeline.config.load import resolved_yaml
-from pipeline.engine.lease import acquire
+from pipeline.engine.lease import Ownership
 from pipeline.errors import ExitCode
 from pipeline.track.metrics import read_events, read_metrics
 from tests.plain import tiny_config
@@ -265,9 +265,10 @@ def test_or_resume_starts_continues_and_refuses_another_configuration(folder, wh
 
 
 def test_a_second_job_on_a_run_is_refused(folder, whole):
-    lease = acquire(whole)
+    owner = Ownership()
+    owner.take(whole)
     code, output = finish(jepa("resume", whole, "--step", 4))
-    lease.release()
+    owner.release()
     assert code == ExitCode.USAGE, output
     assert f"in use by another job: process {os.getpid()} on {socket.gethostname()}" in output
     assert [c.step for c in layout.list_commits(whole)] == [0, 4, 6], "nothing was set aside"
