@@ -130,6 +130,28 @@ def test_the_shares_of_time_sum_to_everything(finished):
     assert ledger.down_seconds == pytest.approx(65.0, abs=1.1)
 
 
+def test_what_the_run_chose_is_told_with_the_reason_and_only_the_last_of_a_kind(tmp_path):
+    run = RunFolder(tmp_path / "chooser").start().steps(1, 12)
+    assert "What the run chose" not in render(gather(run.path))
+    for seconds in (600.0, 137.0):
+        run.event("save_interval", step=10, seconds_between=seconds, reason="0.9 s a save <b>")
+    run.event("attention", step=1, calls="teacher", kernel="sdpa", milliseconds={"math": 3.5})
+    run.event("recompute", step=1, stage="long", encoder=7, predictor=0)
+    run.event("peak", tflops=None, source="not stated")
+    html = render(gather(run.path))
+    text = " ".join(check(html).text)
+    for told in (
+        "2 min 17 s",
+        "0.9 s a save <b>",
+        "kernel for teacher",
+        "math 3.5 ms",
+        "encoder 7",
+    ):
+        assert told in text
+    chosen = html[html.index("What the run chose") : html.index("Events")]
+    assert "10 min" not in chosen
+
+
 def test_a_run_that_has_hardly_begun_names_what_is_missing_and_how_to_get_it(tmp_path):
     run = RunFolder(tmp_path / "new").start()
     html = render(gather(run.path))

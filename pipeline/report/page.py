@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import StorageError
+from pipeline.report.choices import choices_section
 from pipeline.report.curves import features_section, loss_section, schedule_section, speed_section
 from pipeline.report.facts import RunFacts, gather
 from pipeline.report.features import FeatureMapRow
@@ -78,6 +79,7 @@ def render(
         masks_section(facts.config),
         speed_section(facts),
         time_section(facts),
+        choices_section(facts),
         schedule_section(facts),
         events_section(facts),
         config_section(facts),
