@@ -11,6 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,11 +268,18 @@ class Saver:
                 f"Step {step} is saved in {run_dir}, but not in its store: {failure}",
                 remedy="Mend the store or leave checkpoint.store out, then resume.",
             )
-        free_gib = shutil.disk_usage(run_dir).free / 2**30
         raise StorageError(
-            f"Step {step} could not be saved to {run_dir}: {failure} "
-            f"({free_gib:.1f} GiB free there). The last whole checkpoint stands."
+            f"Step {step} could not be saved to {run_dir}: {failure} ({_free_space(run_dir)}). "
+            "The last whole checkpoint stands."
         )
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free there"
+    except OSError as error:
+        # A folder that was removed under the run must not hide why the save failed.
+        return f"that folder: {error.strerror}"
 
 
 def _from_rank_0(value: Any) -> Any:
