@@ -1,45 +1,29 @@
 """Who this process is: rank, device, process group, seeds; the only reader of the environment.
 
 A rank learns its place from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT) or, under srun, from Slurm's. Half of either set is an error, never a world of one:
-ranks that each train alone would overwrite one another's checkpoints.
+MASTER_PORT) or, under srun, from Slurm's; `pipeline.place` reads them.
 """
 
 import os
 import random
-import re
 import socket
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import PeerLostError, UsageError
+from pipeline.errors import UsageError
+from pipeline.meeting import meet
+from pipeline.place import Launch, first_host, place_of
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Slurm hands out no port: one derived from the job id differs between jobs that share a node.
-_FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20_000, 20_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """This process's place in the job and where the ranks meet."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    master_address: str
-    master_port: int
-    launcher: str
-    """`torchrun`, `srun` or `alone`."""
-    local_world_size: int = 1
-    """Ranks on this machine."""
-    agent_store: bool = False
-    """True if torchrun's agent already serves the store at the master's address."""
+__all__ = [
+    "Launch", "attempt", "choose_device", "extensions_dir", "first_host", "free_port", "job_end",
+    "job_id", "join_process_group", "leave_process_group", "node_name", "prepare_libraries",
+    "read_launch", "record_collectives", "seed_everything", "set_cpu_threads",
+]  # fmt: skip
 
 
 def read_launch(env: dict[str, str] | None = None) -> Launch:
@@ -54,19 +38,7 @@ def read_launch(env: dict[str, str] | None = None) -> Launch:
     Raises:
         UsageError: If the variables are incomplete or contradict each other.
     """
-    env = dict(os.environ) if env is None else env
-    if any(name in env for name in ("RANK", "WORLD_SIZE")):
-        return _from_torchrun(env)
-    if "SLURM_NTASKS" in env and int(env["SLURM_NTASKS"]) > 1:
-        return _from_slurm(env)
-    return Launch(
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        master_address="127.0.0.1",
-        master_port=0,
-        launcher="alone",
-    )
+    return place_of(dict(os.environ) if env is None else env)
 
 
 def choose_device(launch: Launch) -> torch.device:
@@ -101,41 +73,25 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
         timeout_seconds: How long to wait for the others, and for any later collective.
 
     Raises:
-        PeerLostError: If some ranks do not come in time; their numbers are named.
+        PeerLostError: The master is not reached, or ranks do not come in time; they are named.
+        UsageError: This rank was started twice.
     """
     timeout = timedelta(seconds=timeout_seconds)
-    address, port = launch.master_address, launch.master_port
     if launch.launcher == "alone":
         # A world of one still needs a group, since ZeRO speaks through it; loopback only.
-        port = free_port()
-    try:
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            address,
-            port,
-            launch.world_size,
-            is_master=launch.rank == 0 and not launch.agent_store,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
-        group_store = dist.PrefixStore(_attempt(), store)  # pyright: ignore[reportPrivateImportUsage]
-        _wait_for_all(group_store, launch, timeout)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise PeerLostError(
-            f"Rank {launch.rank} of {launch.world_size} could not meet the others at "
-            f"{address}:{port} within {timeout_seconds:.0f} s: {error}",
-            remedy="Check that rank 0 runs, its address is reachable and the port is free.",
-        ) from error
+        launch = replace(launch, master_port=free_port())
+    store = meet(launch, timeout_seconds=timeout_seconds, attempt=attempt())
     # DeepSpeed reads these of torchrun's variables itself, whoever started us.
     os.environ.update(
         RANK=str(launch.rank),
         LOCAL_RANK=str(launch.local_rank if device.index is None else device.index),
         WORLD_SIZE=str(launch.world_size),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
+        MASTER_ADDR=launch.master_address,
+        MASTER_PORT=str(launch.master_port),
     )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=group_store,
+        store=store,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
@@ -196,71 +152,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _from_torchrun(env: dict[str, str]) -> Launch:
-    missing = [name for name in _TORCHRUN if name not in env]
-    if missing:
-        raise UsageError(
-            f"The environment names a rank but not {', '.join(missing)}.",
-            remedy="Start the ranks with torchrun, srun or `jepa train --ranks N`.",
-        )
-    return Launch(
-        rank=int(env["RANK"]),
-        local_rank=int(env["LOCAL_RANK"]),
-        world_size=int(env["WORLD_SIZE"]),
-        master_address=env["MASTER_ADDR"],
-        master_port=int(env["MASTER_PORT"]),
-        launcher="torchrun",
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-        agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
+def attempt() -> str:
+    """Tells this start's keys in the ranks' store from those of an earlier start.
 
-
-def _from_slurm(env: dict[str, str]) -> Launch:
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
-        raise UsageError(
-            f"This Slurm job has {env['SLURM_NTASKS']} tasks but was started outside of srun, "
-            "so it would train alone.",
-            remedy="Put srun before the command.",
-        )
-    job_id = int(env.get("SLURM_JOB_ID", "0"))
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    port = _FIRST_SLURM_PORT + job_id % _NUM_SLURM_PORTS
-    return Launch(
-        rank=int(env["SLURM_PROCID"]),
-        local_rank=int(env.get("SLURM_LOCALID", "0")),
-        world_size=int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])),
-        master_address=env.get("MASTER_ADDR", first_host(nodes)),
-        master_port=int(env.get("MASTER_PORT", port)),
-        launcher="srun",
-        # Slurm writes "8" or, for uneven nodes, "8(x2),4": the first number serves.
-        local_world_size=int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]),
-    )
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list such as `gpu[003-017,020],login1`."""
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise UsageError(f"Cannot read the Slurm node list {nodes!r}.")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
-
-
-def _attempt() -> str:
-    # torchrun's store outlives a restart of its ranks: keys of the last attempt must not count.
+    torchrun's store outlives a restart of its ranks.
+    """
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return "/".join(["jepa", *(os.environ.get(name, "") for name in names)])
 
 
-def _wait_for_all(store: Any, launch: Launch, timeout: timedelta) -> None:
-    keys = [f"here/{rank}" for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], "1")
-    try:
-        store.wait(keys, timeout)
-    except dist.DistStoreError:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        raise PeerLostError(
-            f"Rank {launch.rank} of {launch.world_size} waited {timeout.total_seconds():.0f} s; "
-            f"these ranks never came: {', '.join(missing)}.",
-            remedy="Look at the logs of those ranks' nodes, then start the job again.",
-        ) from None
+def node_name() -> str:
+    """What the scheduler calls this machine: JEPA_NODE_NAME, Slurm's name, or the host's own."""
+    names = ("JEPA_NODE_NAME", "SLURMD_NODENAME")
+    return next((os.environ[name] for name in names if os.environ.get(name)), socket.gethostname())
+
+
+def extensions_dir() -> Path:
+    """Where torch keeps the operators that it compiles when they are first used."""
+    default = Path.home() / ".cache" / "jepa" / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
