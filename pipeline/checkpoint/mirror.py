@@ -18,6 +18,7 @@ from pipeline.checkpoint.notes import collect_notes, leave_note
 from pipeline.checkpoint.retain import is_pinned, unwanted_steps
 from pipeline.checkpoint.save import SaveRequest
 from pipeline.checkpoint.store import CommitStore
+from pipeline.checkpoint.wishes import read_wishes
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import publish, write_atomically
 
@@ -150,8 +151,9 @@ def _mark(store: CommitStore, request: SaveRequest, commit: Path) -> None:
 
 def _prune(store: CommitStore, run_dir: Path, config: CheckpointConfig) -> None:
     pinned = {commit.step for commit in layout.list_commits(run_dir) if is_pinned(commit)}
+    kept = pinned | set(read_wishes(run_dir).keep)
     for step in unwanted_steps(store.steps(), config):
-        if step not in pinned:
+        if step not in kept:
             store.clear(step)
 
 

@@ -1,30 +1,39 @@
-"""Which commits stay: pruned, pinned, set aside; rank 0 or a person's command calls these."""
+"""Which commits stay: pruned, pinned, set aside; the run's owner or a person's command calls these.
+
+One process at a time removes commits: the one that owns the run's lease. What others want to stay
+or to go, they write down as wishes (`checkpoint.wishes`).
+"""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import CheckpointConfig, Commit
+from pipeline.checkpoint.wishes import read_wishes
 from pipeline.files import sync_folder
 
 
-def prune(run_dir: Path, config: CheckpointConfig) -> list[int]:
+def prune(
+    run_dir: Path, config: CheckpointConfig, *, may_remove: Callable[[], object] = lambda: None
+) -> list[int]:
     """Removes commits that are no longer wanted; called when a newer one has been published.
 
-    Kept are the first (untrained weights), the newest `keep_last`, multiples of
-    `keep_every_steps`, and pinned ones.
+    Args:
+        run_dir: Folder of the run.
+        config: The run's settings.
+        may_remove: Raises if the caller no longer owns the run; asked before every removal.
 
     Returns:
         Steps that were removed.
+
+    Raises:
+        OSError: A commit cannot be moved away, or wishes cannot be read.
     """
     removed = []
-    commits = layout.list_commits(run_dir)
-    doomed_steps = unwanted_steps([commit.step for commit in commits], config)
-    for commit in commits:
-        if commit.step not in doomed_steps or is_pinned(commit):
-            continue
+    for commit in doomed_commits(run_dir, config):
+        may_remove()
         # Out of the list of commits first: half a removal must not look like a checkpoint.
         doomed = commit.path.with_name(f"{commit.path.name}.partial-removed")
         commit.path.rename(doomed)
@@ -33,10 +42,27 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[int]:
     return removed
 
 
+def doomed_commits(run_dir: Path, config: CheckpointConfig) -> list[Commit]:
+    """Commits that nobody wants.
+
+    Kept are the first (untrained weights), the newest `keep_last`, multiples of
+    `keep_every_steps`, pinned ones, and those that work beside the run asks for.
+
+    Raises:
+        OSError: Wishes cannot be read.
+    """
+    commits = layout.list_commits(run_dir)
+    steps = [commit.step for commit in commits]
+    wishes = read_wishes(run_dir)
+    doomed = {*unwanted_steps(steps, config), *wishes.free.intersection(_middle(steps, config))}
+    doomed = {step for step in doomed if wishes.why(step) is None}
+    return [commit for commit in commits if commit.step in doomed and not is_pinned(commit)]
+
+
 def unwanted_steps(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
     """Which of these steps, rising, no setting wants to keep; pins are the caller's question."""
     every = config.keep_every_steps
-    return [step for step in steps[1 : -config.keep_last] if every is None or step % every]
+    return [step for step in _middle(steps, config) if every is None or step % every]
 
 
 def pin(commit: Commit) -> None:
@@ -80,3 +106,8 @@ def clear_partials(run_dir: Path) -> list[str]:
     for partial in partials:
         shutil.rmtree(partial, ignore_errors=True)
     return [partial.name for partial in partials]
+
+
+def _middle(steps: Sequence[int], config: CheckpointConfig) -> Sequence[int]:
+    """Neither the first nor among the newest, which stay whatever anybody wishes."""
+    return steps[1 : -config.keep_last]

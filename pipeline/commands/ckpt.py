@@ -103,8 +103,9 @@ def prune(
 ) -> None:
     """Remove checkpoints that the run's settings no longer want; a run does so itself as it saves.
 
-    The first, the last, multiples of `checkpoint.keep_every_steps` and pinned ones stay. Nothing is
-    removed unless the newest checkpoint that stays is whole.
+    The first, the last, multiples of `checkpoint.keep_every_steps`, pinned ones and those that
+    `jepa conduct` asks for stay. Nothing is removed unless the newest checkpoint that stays is
+    whole.
 
     Args:
         run: Folder of the run.
@@ -243,9 +244,7 @@ def _aside(run: Path) -> list[Path]:
 
 
 def _doomed(run: Path, config: CheckpointConfig) -> list[int]:
-    commits = {commit.step: commit for commit in layout.list_commits(run)}
-    steps = retain.unwanted_steps(list(commits), config)
-    return [step for step in steps if not retain.is_pinned(commits[step])]
+    return [commit.step for commit in retain.doomed_commits(run, config)]
 
 
 def _newest_must_be_whole(run: Path) -> None:

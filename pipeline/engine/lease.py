@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.engine.owner import Owner, is_seen_from, process_mark, read_owner, this_process
@@ -130,18 +130,23 @@ class Ownership:
             self._lease.release()
 
 
-def acquire(run_dir: Path, *, stale_seconds: float = STALE_SECONDS) -> Lease:
+def acquire(run_dir: Path, *, stale_seconds: float = STALE_SECONDS, brief: bool = False) -> Lease:
     """Makes this process the owner of a run.
 
     A dead owner's place is taken at once if it was a process of this machine, else when it has
     given no sign for `stale_seconds`; it is waited for if it seems to be dead.
+
+    Args:
+        run_dir: Folder of the run.
+        stale_seconds: Without a sign for so long, an owner is gone.
+        brief: The lease is released in a moment; who wants it meanwhile waits.
 
     Raises:
         OwnerError: It has a living owner; host, process and age are told.
         StorageError: The folder cannot be written to.
     """
     folder = run_dir / LEASE_FOLDER
-    me = this_process()
+    me = replace(this_process(), brief=brief)
     deadline = time.monotonic() + 2 * stale_seconds
     try:
         folder.mkdir(exist_ok=True)
@@ -230,10 +235,11 @@ def _wait_or_refuse(run_dir: Path, held: Held, deadline: float) -> None:
     owner = held.owner
     lives_here = owner is not None and is_seen_from(owner, this_process())
     is_fresh = held.age_seconds < 2 * _TOUCH_SECONDS
-    if not (lives_here and is_fresh) and time.monotonic() < deadline:
+    is_brief = owner is not None and owner.brief
+    if (is_brief or not (lives_here and is_fresh)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
         now = look(run_dir)
-        if now is None or (now.token == held.token and now.stamp == held.stamp):
+        if is_brief or now is None or (now.token == held.token and now.stamp == held.stamp):
             return
     who = owner.words if owner else "another job"
     since = f", since {owner.since}" if owner and owner.since else ""

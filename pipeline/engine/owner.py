@@ -24,6 +24,8 @@ class Owner:
     since: str = ""
     """UTC; a label only."""
     released: bool = False
+    brief: bool = False
+    """Holds the lease for a moment, to remove checkpoints: others wait for it."""
 
     @property
     def words(self) -> str:
