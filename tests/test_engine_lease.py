@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pipeline.engine.lease import OwnerError, acquire, look
-from pipeline.engine.owner import this_process
+from pipeline.track.lease import OwnerError, acquire, look
+from pipeline.track.owner import this_process
 
 ROUNDS = 200
 
@@ -57,7 +57,7 @@ def test_a_living_owner_is_named_with_host_process_job_and_age(tmp_path, monkeyp
     write_lease(tmp_path, 3, host="gpu017", pid=4711, process="other/boot/1", job="99")
     path = tmp_path / "lease" / "00000003.json"
 
-    monkeypatch.setattr("pipeline.engine.lease.time.sleep", lambda _seconds: os.utime(path))
+    monkeypatch.setattr("pipeline.track.lease.time.sleep", lambda _seconds: os.utime(path))
     with pytest.raises(OwnerError) as caught:
         acquire(tmp_path)
     assert "process 4711 on gpu017, job 99" in str(caught.value)
@@ -116,7 +116,7 @@ def test_an_owner_that_was_paused_while_another_took_over_is_fenced_off(tmp_path
 
 
 def test_a_number_is_never_used_twice_however_late_a_taker_wakes_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.engine.lease.STALE_SECONDS", 30.0)
+    monkeypatch.setattr("pipeline.track.lease.STALE_SECONDS", 30.0)
     tokens = []
     for _ in range(20):
         lease = acquire(tmp_path)

@@ -15,8 +15,8 @@ import pytest
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.load import iterate_weights
 from pipeline.config.load import resolved_yaml
-from pipeline.engine.lease import Ownership
 from pipeline.errors import ExitCode
+from pipeline.track.lease import Ownership
 from pipeline.track.metrics import read_events, read_metrics
 from tests.plain import tiny_config
 from tests.shards import write_dataset

@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.checkpoint.save import SaveRequest, save
 from pipeline.cli import main
-from pipeline.engine.lease import acquire
 from pipeline.report.facts import gather
 from pipeline.track.faults import RankFault, write_fault
 from pipeline.track.folder import write_json
+from pipeline.track.lease import acquire
 from tests.run_folder import RunFolder, finished_run
 
 

@@ -14,13 +14,13 @@ from rich.text import Text
 from pipeline.checkpoint.layout import checkpoints_dir, commit_name
 from pipeline.checkpoint.load import verify as verify_commit
 from pipeline.commands import JsonFlag, print_json
-from pipeline.engine.lease import look
 from pipeline.report.facts import RunFacts, gather
 from pipeline.report.head import state_sentence
 from pipeline.report.html import duration, moment, percent
 from pipeline.report.probes import Comparison, compare, learning_sentence
 from pipeline.stages import place_of_step
 from pipeline.track.folder import MLFLOW_FILE, read_json_object
+from pipeline.track.lease import look
 from pipeline.track.rewinds import read_rewinds
 
 _ERRORS = ("fault", "save_failed", "upload_failed")

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 from pipeline.engine.hang import Watchdog
-from pipeline.engine.lease import OwnerError
 from pipeline.environment import Launch
 from pipeline.errors import ExitCode, JepaError, PeerLostError
 from pipeline.track.faults import RankFault, read_faults, write_fault
+from pipeline.track.lease import OwnerError
 
 # How gloo, NCCL and the store word the loss of a peer; torch has no class of error for it.
 _PEER_WORDS = (

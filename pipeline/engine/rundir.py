@@ -17,7 +17,6 @@ from pipeline.checkpoint.load import Found, find_commit
 from pipeline.checkpoint.retain import clear_partials, set_aside_after
 from pipeline.clip import SampleFault
 from pipeline.config.load import resolved_yaml
-from pipeline.engine.lease import Ownership
 from pipeline.environment import Launch
 from pipeline.errors import (
     CheckpointError,
@@ -41,6 +40,7 @@ from pipeline.track.folder import (
     write_json,
 )
 from pipeline.track.jsonl import JsonLinesWriter
+from pipeline.track.lease import Ownership
 from pipeline.track.metrics import read_events
 from pipeline.track.rewinds import Rewind, pending, read_rewinds, write_rewinds
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from pipeline.engine.hang import Watchdog
 from pipeline.engine.last_words import LastWords
-from pipeline.engine.lease import Ownership
 from pipeline.engine.rundir import Start
 from pipeline.engine.stop import StopReason, StopWatch
 from pipeline.environment import Launch, job_end
 from pipeline.run import RunConfig
+from pipeline.track.lease import Ownership
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.engine.owner import Owner, is_seen_from, process_mark, read_owner, this_process
 from pipeline.errors import StorageError, UsageError
+from pipeline.track.owner import Owner, is_seen_from, process_mark, read_owner, this_process
 
 LEASE_FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})\.json")
