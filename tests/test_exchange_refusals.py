@@ -152,3 +152,13 @@ def test_a_card_tells_no_paths_and_what_an_official_file_holds(ours, tmp_path):
 
 def _ckpt(verb: str, source, out, format: str, *words: str) -> int:
     return main(["ckpt", verb, str(source), str(out), "--format", format, *words])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_do_not_come_in(value, tmp_path, capsys):
+    parts = networks()
+    parts["teacher"]["norm.bias"][1] = value
+    write_official(tmp_path / "x.pt", parts)
+    assert _ckpt("import", tmp_path / "x.pt", tmp_path / "out", "vjepa2", *HEADS) == 78
+    assert "teacher.norm.bias holds numbers that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -73,6 +73,7 @@ def import_networks(source: Source, out: Path, *, force: bool, report: Report) -
 
     Raises:
         UsageError: `out` exists, and is not to be replaced.
+        CheckpointError: A weight is not finite.
         StorageError: It cannot be written.
     """
     with new_folder(out, source, force=force) as folder:
@@ -92,7 +93,7 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
 
     Raises:
         UsageError: `out` exists, or the clip's size is not known.
-        CheckpointError: The format cannot express these networks.
+        CheckpointError: The format cannot express these networks, or a weight is not finite.
         ConfigError: The clip cannot be cut into whole tokens.
         StorageError: It cannot be written.
     """
@@ -272,5 +273,10 @@ def _write_official(folder: Path, source: Source, report: Report) -> None:
 def _counted(tensors: Tensors, report: Report) -> Iterator[tuple[str, Tensor]]:
     for number, (name, tensor) in enumerate(tensors):
         report(number, len(tensors.shapes))
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{name} holds numbers that are not finite, so these networks compute nothing.",
+                remedy="Take an older checkpoint, or fetch the file again.",
+            )
         yield name, tensor
     report(len(tensors.shapes), len(tensors.shapes))
