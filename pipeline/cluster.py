@@ -39,7 +39,12 @@ _imported_here: list[bool] = []
 
 
 @contextmanager
-def local_ray(num_cpus: int | None = None, address: str | None = None) -> Iterator[ModuleType]:
+def local_ray(
+    num_cpus: float | None = None,
+    address: str | None = None,
+    *,
+    num_gpus: float | None = None,
+) -> Iterator[ModuleType]:
     """Ray for the duration of a `with` block: a private cluster, or the one at `address`.
 
     Inside a block in the same process the running one is used and left alone.
@@ -47,7 +52,9 @@ def local_ray(num_cpus: int | None = None, address: str | None = None) -> Iterat
     Args:
         num_cpus: Tasks of one CPU that run at a time; the machine's cores by default. Has no
             meaning for a cluster that is joined.
-        address: `host:port` of a running cluster to join. It must use token authentication.
+        address: `host:port` of a running cluster to join, or `auto` for the one that this process
+            was started in. It must use token authentication.
+        num_gpus: GPUs that tasks may ask for; the machine's by default. As num_cpus.
 
     Yields:
         The `ray` module.
@@ -64,8 +71,21 @@ def local_ray(num_cpus: int | None = None, address: str | None = None) -> Iterat
             with _joined(ray, address):
                 yield ray
         else:
-            with _started(ray, num_cpus):
+            with _started(ray, num_cpus, num_gpus):
                 yield ray
+
+
+def confine_worker(*, nice: int, hide_gpus: bool) -> None:
+    """Makes the calling thread of a worker, and the threads it starts, give way to others.
+
+    Args:
+        nice: Priority as `nice` counts; 19 takes only time that nobody else wants.
+        hide_gpus: Show no GPU: those of this machine belong to somebody else.
+    """
+    # Of a thread, on Linux: a worker's own threads go on listening to Ray.
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if hide_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @contextmanager
@@ -107,13 +127,14 @@ def _import_ray() -> ModuleType:
 
 
 @contextmanager
-def _started(ray: ModuleType, num_cpus: int | None) -> Iterator[None]:
+def _started(ray: ModuleType, num_cpus: float | None, num_gpus: float | None) -> Iterator[None]:
     # Short on purpose: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
     folder = tempfile.mkdtemp(prefix="jepa-ray-", dir="/tmp")
     try:
         ray.init(
             address="local",
             num_cpus=num_cpus,
+            num_gpus=num_gpus,
             namespace=_NAMESPACE,
             include_dashboard=False,
             log_to_driver=False,
@@ -134,9 +155,10 @@ def _started(ray: ModuleType, num_cpus: int | None) -> Iterator[None]:
 @contextmanager
 def _joined(ray: ModuleType, address: str) -> Iterator[None]:
     try:
-        host, _, port = address.rpartition(":")
-        # Ray itself waits many minutes for a head that is not there.
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            # Ray itself waits many minutes for a head that is not there.
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
         ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

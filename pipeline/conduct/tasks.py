@@ -70,8 +70,8 @@ def run_as_task(
                 raise error.cause from error
             raise
         except ray.exceptions.RayError as error:
-            raise _lost(needs.describe, str(error)) from error
-        raise _lost(needs.describe, "it ended without a result")
+            raise lost(needs.describe, str(error)) from error
+        raise lost(needs.describe, "it ended without a result")
 
 
 def _stream(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Any]:
@@ -89,7 +89,8 @@ def _stream(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Any
         yield _Result(value=running.result())
 
 
-def _lost(describe: str, reason: str) -> PeerLostError:
+def lost(describe: str, reason: str) -> PeerLostError:
+    """What to say of a task whose process is gone."""
     first_line = reason.strip().splitlines()[0] if reason.strip() else "no reason was given"
     return PeerLostError(
         f"the Ray task `{describe}` was lost: {first_line}",

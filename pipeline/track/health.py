@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from pipeline.clip import StepReport
 from pipeline.track.collapse import LIMITS, SMOOTH, Evidence, State, evidence, recent
+from pipeline.track.loss_shape import loss_shape
 
-_WORSE: tuple[State, ...] = ("healthy", "watch", "collapsed")
-
+WORSE: tuple[State, ...] = ("healthy", "watch", "collapsed")
+"""From good to bad."""
 
 # Enough measurements for every rule, few enough for a run of a million steps.
 _KEPT = 500
@@ -55,8 +56,8 @@ def verdict(history: Sequence[StepReport]) -> Health:
         *_skipped(history),
         *_too_early(measured),
     ]
-    state = _WORSE[max((_WORSE.index(state) for state, _ in found), default=0)]
-    reasons = [sentence for _, sentence in sorted(found, key=lambda f: -_WORSE.index(f[0]))]
+    state = WORSE[max((WORSE.index(state) for state, _ in found), default=0)]
+    reasons = [sentence for _, sentence in sorted(found, key=lambda f: -WORSE.index(f[0]))]
     if state == "healthy":
         reasons = [_healthy_sentence(measured)]
     return Health(
@@ -86,7 +87,7 @@ class HealthWatch:
             return []
         now = verdict(list(self._measured))
         was, self._state = self._state, now.state
-        if _WORSE.index(now.state) <= max(_WORSE.index(was), _WORSE.index("healthy")):
+        if WORSE.index(now.state) <= max(WORSE.index(was), WORSE.index("healthy")):
             return []
         return [f"the features went from {was} to {now.state}: {' '.join(now.sentences)}"]
 
@@ -111,10 +112,11 @@ def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
     # Another stage has other clips, and often another number of them: ranks do not compare.
     stage = measured[-1].stage
     ranks = _series([report for report in measured if report.stage == stage], "effective_rank")
-    smooth = [statistics.median(ranks[i : i + SMOOTH]) for i in range(len(ranks) - SMOOTH + 1)]
+    smooth = _smooth(ranks)
     if not smooth:
         return []
-    best, last = _best_since_turn(smooth), smooth[-1]
+    peak, last = _peak_since_turn(smooth), smooth[-1]
+    best = None if peak is None else smooth[peak]
     if best is not None and last < best / 2:
         return [
             (
@@ -136,14 +138,32 @@ def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
     return []
 
 
-def _best_since_turn(smooth: Sequence[float]) -> float | None:
-    """The highest rank since it first rose by a seventh from a low; None while it only falls."""
-    low, best = smooth[0], None
-    for value in smooth[1:]:
+def lost_peak(history: Sequence[StepReport]) -> int | None:
+    """The step by which the newest stage's effective rank was best, if half of it is lost since."""
+    measured = [r for r in history if r.health and "effective_rank" in r.health]
+    stage = [report for report in measured if report.stage == measured[-1].stage]
+    smooth = _smooth(_series(stage, "effective_rank"))
+    peak = _peak_since_turn(smooth) if smooth else None
+    if peak is None or smooth[-1] >= smooth[peak] / 2:
+        return None
+    return stage[peak + SMOOTH - 1].step
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [statistics.median(values[i : i + SMOOTH]) for i in range(len(values) - SMOOTH + 1)]
+
+
+def _peak_since_turn(smooth: Sequence[float]) -> int | None:
+    """Where the rank was highest since it first rose by a seventh from a low; None while it falls.
+
+    The last of equally high ones: up to it nothing was lost.
+    """
+    low, peak = smooth[0], None
+    for number, value in enumerate(smooth):
         low = min(low, value)
-        if best is not None or value > 1.15 * low:
-            best = max(best or value, value)
-    return best
+        if peak is not None or value > 1.15 * low:
+            peak = number if peak is None or value >= smooth[peak] else peak
+    return peak
 
 
 def _skipped(history: Sequence[StepReport]) -> list[tuple[State, str]]:
@@ -182,23 +202,31 @@ def _healthy_sentence(measured: Sequence[StepReport]) -> str:
 def _loss_sentence(
     history: Sequence[StepReport], measured: Sequence[StepReport], state: State
 ) -> tuple[str, ...]:
-    losses = [report.loss for report in history if math.isfinite(report.loss)]
-    if len(losses) < 10:
-        return ()
-    part = max(1, len(losses) // 10)
-    # The tenth after the first tenth, since the first steps fall for trivial reasons.
-    early, late = statistics.median(losses[part : 2 * part]), statistics.median(losses[-part:])
-    ranks = _series(measured, "effective_rank")
-    move = f"from {early:.3g} to {late:.3g}"
-    if late > early and state == "healthy":
-        grew = " while the rank grew" if ranks and ranks[-1] > ranks[0] else ""
-        return (
-            f"The loss rose {move}{grew}; that is normal here, since the teacher's features are "
-            "the target and become harder to guess as they grow richer.",
-        )
-    if late <= early:
-        return (f"The loss fell {move}; that alone proves nothing, only a probe does.",)
-    return (f"The loss rose {move}.",)
+    shape = loss_shape(history)
+    ranks = _series([r for r in measured if r.stage == measured[-1].stage], "effective_rank")
+    grew = " while the rank grew" if len(ranks) > 1 and ranks[-1] > ranks[0] else ""
+    move = f"from {shape.first:.3g} to {shape.last:.3g}"
+    normal = (
+        "; that is normal here, since the teacher's features are the target and become harder to "
+        "guess as they grow richer."
+    )
+    end = normal if state == "healthy" else "."
+    told = {
+        "not finite": "The loss is not finite.",
+        "falling": f"The loss fell {move}; that alone proves nothing, only a probe does.",
+        "flat": f"The loss stands still at {shape.last:.3g}; look at probes for progress.",
+        "rising": f"The loss rose {move}{grew}{end}",
+        "turned": f"The loss fell to {shape.lowest:.3g} by step {shape.turn_step}, then rose to "
+        f"{shape.last:.3g}{grew}{end}",
+        "jumped": f"The loss jumped to {shape.last:.3g} at step {shape.turn_step} and stayed "
+        f"there{grew}: "
+        + (
+            "the features are well, so watch the probes."
+            if state == "healthy"
+            else "something broke there; see what changed at that step."
+        ),
+    }
+    return (told[shape.kind],) if shape.kind in told else ()
 
 
 def _series(measured: Sequence[StepReport], signal: str) -> list[float]:

@@ -1,0 +1,68 @@
+"""conduct.jsonl: what was done beside a run, to which checkpoint, and why.
+
+One line per event: `begin`, `done`, `failed`, `given_up` of a job; `damaged` and `gone` of a
+checkpoint; `removed` and `mirror_removed` with their reasons; `verdict` when it changes; `start`
+and `stop` of the conductor. A job is done once per checkpoint: `key` names the job, the
+checkpoint's step and its manifest's digest, so that a step that was trained again counts anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.jsonl import read_json_lines
+
+JOURNAL_FILE = "conduct.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalEntry:
+    """A line of conduct.jsonl."""
+
+    time: float
+    event: str
+    step: int | None
+    key: str
+    """Of the job; empty for what concerns no job."""
+    details: Mapping[str, Any]
+    """All other fields of the line."""
+
+
+def read_journal(run_dir: Path) -> tuple[JournalEntry, ...]:
+    """All entries in the order in which they were written; none without a conductor."""
+    lines = read_json_lines(run_dir / JOURNAL_FILE)
+    return tuple(
+        JournalEntry(
+            time=float(record["time"]),
+            event=str(record["event"]),
+            step=record.get("step"),
+            key=str(record.get("key", "")),
+            details={k: v for k, v in record.items() if k not in ("time", "event", "step", "key")},
+        )
+        for record in lines.records
+        if "time" in record and "event" in record
+    )
+
+
+def teacher_distances(entries: tuple[JournalEntry, ...]) -> dict[int, float]:
+    """|teacher − student| / |student| of the encoder's weights by step, as verifying found it."""
+    found = {}
+    for entry in entries:
+        value = entry.details.get("teacher_distance")
+        if entry.step is not None and isinstance(value, int | float):
+            found[entry.step] = float(value)
+    return dict(sorted(found.items()))
+
+
+def damaged_steps(entries: tuple[JournalEntry, ...]) -> dict[int, str]:
+    """What is wrong with checkpoints that did not verify, by step; later good news counts."""
+    found: dict[int, str] = {}
+    for entry in entries:
+        if entry.step is None:
+            continue
+        if entry.event == "damaged":
+            found[entry.step] = str(entry.details.get("reason", ""))
+        elif entry.event == "done":
+            found.pop(entry.step, None)
+    return found
