@@ -21,7 +21,10 @@ PRODUCT = ("pipeline", "launch", "data_prep")
 # through them, so that replacing one, or running without it, touches one place.
 IMPORTERS = {
     "deepspeed": ("pipeline/engine/zero.py",),
-    "mlflow": ("pipeline/track/mlflow_upload.py",),
+    "mlflow": (
+        *("pipeline/track/mlflow_upload.py", "pipeline/track/mlflow_nested.py"),
+        "pipeline/track/mlflow_points.py",
+    ),
     "ray": ("pipeline/cluster.py", "pipeline/conduct/", "data_prep/"),
     "torchvision": ("pipeline/data/augment.py",),
     "webdataset": ("pipeline/data/stream.py", "pipeline/data/worker_imports.py", "data_prep/"),

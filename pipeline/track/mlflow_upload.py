@@ -4,7 +4,6 @@ Runs in the uploading process, which has no need of torch and does not load it.
 """
 
 import hashlib
-import math
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,12 +24,13 @@ from pipeline.track.folder import (
     MLFLOW_FILE,
     SYSTEM_FILE,
     read_json_object,
-    read_probes,
     read_run_info,
     write_json,
 )
 from pipeline.track.jsonl import read_json_lines
 from pipeline.track.mlflow_job import UploadJob
+from pipeline.track.mlflow_nested import ProbeSender
+from pipeline.track.mlflow_points import mlflow_name, points
 
 _RUN_TAG = "jepa.run"
 _STATUS_TAG = "jepa.status"
@@ -56,6 +56,8 @@ class UploadState:
     uploaded: dict[str, int] = field(default_factory=dict)
     """Byte of each file from which on MLflow has not got it."""
     probes: list[str] = field(default_factory=list)
+    nested: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Nested runs by what they hold: `run_id` and `digest`."""
     config_digest: str = ""
     state: str = "starting"
     error: str = ""
@@ -71,6 +73,7 @@ class Uploader:
         self._run_dir = Path(job.run_dir)
         self._state = _load_state(job)
         self._artifacts: list[Path] = []
+        self._probes = ProbeSender(self._run_dir)
         self._client: MlflowClient | None = None
         self._next_try = 0.0
         self._first_sample: float | None = None
@@ -137,7 +140,7 @@ class Uploader:
         self._upload_config(client, run_id)
         self._upload_lines(client, run_id, METRICS_FILE)
         self._upload_lines(client, run_id, SYSTEM_FILE)
-        self._upload_probes(client, run_id)
+        self._probes.send(client, run_id, self._state.probes, self._state.nested, self._save)
         while self._artifacts:
             if self._artifacts[0].exists():
                 client.log_artifact(run_id, str(self._artifacts[0]))
@@ -150,7 +153,7 @@ class Uploader:
         if not text or digest == self._state.config_digest:
             return
         known = client.get_run(run_id).data.params
-        values = {_name(k): v for k, v in _flat(YAML(typ="safe").load(text))}
+        values = {mlflow_name(k): v for k, v in _flat(YAML(typ="safe").load(text))}
         # MLflow refuses to change a parameter; a resume may have: the new value becomes a tag.
         fresh = [Param(k, v) for k, v in values.items() if k not in known]
         changed = [RunTag(f"changed.{k}", v) for k, v in values.items() if known.get(k, v) != v]
@@ -179,29 +182,18 @@ class Uploader:
             named = {k if "/" in k else f"system/{k}": v for k, v in record.items() if k != "time"}
             if self._first_sample is None:
                 self._first_sample = _first_time(self._run_dir / name)
-            yield from _metrics(named, record["time"], round(record["time"] - self._first_sample))
+            yield from points(named, record["time"], round(record["time"] - self._first_sample))
             return
         step = record["step"]
         is_due = step % self._job.log_every_steps == 0
         if is_due or record.get("health") or record.get("skipped"):
-            yield from _metrics(_step_values(record), record["time"], step)
-
-    def _upload_probes(self, client: MlflowClient, run_id: str) -> None:
-        for probe in read_probes(self._run_dir):
-            if probe.name in self._state.probes:
-                continue
-            kind = "trained" if probe.trained else "untrained"
-            values = {f"probe/{probe.task}/{probe.head}/{kind}_top1": probe.top1}
-            points = list(_metrics(values, probe.written, probe.step or 0))
-            client.log_batch(run_id, metrics=points)
-            self._state.probes.append(probe.name)
-            self._save()
+            yield from points(_step_values(record), record["time"], step)
 
     def _run_name(self) -> str:
         """What identifies the run on the server, whatever folder it is moved to."""
         info = read_run_info(self._run_dir)
         # Quotes would end the search for it too early.
-        return _name(str(info.get("run_id") or self._run_dir))
+        return mlflow_name(str(info.get("run_id") or self._run_dir))
 
     def _note(self, state: str, error: str) -> None:
         if (state, error) != (self._state.state, self._state.error):
@@ -271,18 +263,6 @@ def _step_values(record: Mapping[str, Any]) -> dict[str, Any]:
 def _first_time(path: Path) -> float:
     """Samples are no steps: MLflow's step is the seconds since this first one."""
     return float(read_json_lines(path, 0, _READ_BYTES).records[0]["time"])
-
-
-def _metrics(values: Mapping[str, Any], seconds: float, step: int) -> Iterator[Metric]:
-    """Points without those that are no finite number, which some servers refuse."""
-    for name, value in values.items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield Metric(_name(name), float(value), round(seconds * 1000), step)
-
-
-def _name(name: str) -> str:
-    """A name with the characters that MLflow allows."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)[:250]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
