@@ -20,13 +20,14 @@ from pipeline.cluster import local_ray
 from pipeline.commands import JsonFlag, Overrides, print_json
 from pipeline.commands.probe_table import differences, render
 from pipeline.conduct.tasks import TaskNeeds, run_as_task
-from pipeline.config.load import SHIPPED_CONFIGS, load_config
+from pipeline.config.load import load_config
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.exchange.hf_import import is_hf
 from pipeline.exchange.layout import is_exchange, read_exchange
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.frozen import Which
 from pipeline.probe.records import ProbeProgress, ProbeRecord, ProbeRequest
+from pipeline.probe.task_files import find_task
 from pipeline.probe.tasks import HeadName, TaskConfig
 from pipeline.track.folder import CONFIG_FILE, PROBE_FOLDER
 
@@ -80,7 +81,7 @@ def probe(
     asked = options or ProbeOptions()
     if asked.seeds < 1:
         raise UsageError(f"expected --seeds of at least 1, got {asked.seeds}")
-    config = load_config(_task_path(task), TaskConfig, overrides).config
+    config = load_config(find_task(task), TaskConfig, overrides).config
     home, subjects = _subjects(checkpoint, asked.step, asked.steps)
     requests = [
         ProbeRequest(
@@ -147,23 +148,6 @@ def _shown(progress: Progress) -> _Report:
         progress.update(bars[event.phase], completed=event.done, total=event.total)
 
     return report
-
-
-def _task_path(task: str) -> Path:
-    path, shipped = Path(task), SHIPPED_CONFIGS / "probes"
-    if path.is_file() or path.is_dir():
-        return path  # a folder is refused, with its files' names, by whoever reads it
-    names = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
-    if task in names:
-        return names[task]
-    beside = sorted(file.name for file in path.parent.glob("*.yaml"))
-    near = difflib.get_close_matches(path.name, beside, n=2)
-    near += difflib.get_close_matches(path.stem, list(names), n=2)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UsageError(
-        f"expected a task file, found none at {task}{hint}",
-        remedy=f"Give a task file or one of the shipped tasks: {', '.join(names)}.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import difflib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +116,7 @@ class RunFacts:
     @property
     def state(self) -> State:
         """Whether the run is going on, and how it ended if not."""
-        ending = self._ending()
+        ending = how_ended(self.events, self.run_dir)
         if ending is not None:
             return ending
         if self.last_sign is None:
@@ -143,18 +144,6 @@ class RunFacts:
         causes = [event for event in ends if event.details.get("kind") != "PeerLostError"]
         return str((causes or ends)[0].details.get("reason", ""))
 
-    def _ending(self) -> State | None:
-        """How the newest attempt ended, by its own word."""
-        endings: dict[str, State] = {"end": "finished", "stop": "stopped", "fault": "failed"}
-        started = max(start_times(self.run_dir), default=0.0)
-        for event in reversed(self.events):
-            # A start is noted to the second; what it has ended cannot be newer than it began.
-            if event.name in ("start", "resume") or event.time < started:
-                return None
-            if event.name in endings:
-                return endings[event.name]
-        return None
-
     def _is_loading(self) -> bool:
         """True from the start of the processes to their first event."""
         began = max(start_times(self.run_dir), default=0.0)
@@ -162,6 +151,19 @@ class RunFacts:
 
     def _plan(self) -> list[StageCost]:
         return self.config.stage_costs() if self.config else []
+
+
+def how_ended(events: Sequence[Event], run_dir: Path) -> State | None:
+    """How a run's newest attempt ended, by its own word; None while it has said nothing."""
+    endings: dict[str, State] = {"end": "finished", "stop": "stopped", "fault": "failed"}
+    started = max(start_times(run_dir), default=0.0)
+    for event in reversed(events):
+        # A start is noted to the second; what it has ended cannot be newer than it began.
+        if event.name in ("start", "resume") or event.time < started:
+            return None
+        if event.name in endings:
+            return endings[event.name]
+    return None
 
 
 def gather(run_dir: Path) -> RunFacts:
