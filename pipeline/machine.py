@@ -1,5 +1,6 @@
 """What this process runs on, for run records and benchmarks: machine, versions, code, age."""
 
+import hashlib
 import os
 import platform
 import socket
@@ -35,6 +36,16 @@ def git_commit(folder: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def code_digest() -> str:
+    """Digest of this installation's own source, which tells one checkout from another."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def process_age_seconds() -> float:

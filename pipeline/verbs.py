@@ -39,6 +39,11 @@ VERBS = (
         help="Every key there is: what it takes, its default, what it does.",
     ),
     Verb(
+        words="check",
+        function="launch.preflight.commands:check",
+        help="Check machines, storage, data and network before a run.",
+    ),
+    Verb(
         words="status",
         function="pipeline.commands.status:status",
         help="Where a run stands: step, stage, speed, last checkpoint, last error.",

@@ -6,6 +6,7 @@ from pipeline.data.cursor import DataIdentity, data_identity
 from pipeline.environment import read_launch
 from pipeline.errors import ConfigError
 from pipeline.objectives import objective_needs
+from pipeline.plan.loading import ready_bytes
 from pipeline.redact import secret_variables
 from pipeline.run import RunConfig
 from pipeline.stages import accumulation
@@ -51,10 +52,5 @@ def _check_credentials(config: RunConfig) -> None:
 def _check_shared_memory(config: RunConfig, world_size: int) -> None:
     data, launch = config.data, read_launch()
     ranks = world_size if launch.launcher == "alone" else launch.local_world_size
-    # Per worker those ready, the one in training, and the one before it.
-    count = ranks * data.workers * (data.prefetch + 2)
-    largest = max(
-        stage.micro_batch * stage.frames * stage.resolution**2 * 3 for stage in config.stages
-    )
-    whose = f"{count} micro-batches ({ranks} ranks × {data.workers} workers) of {largest} bytes"
-    require_shared_memory(count * largest, whose)
+    whose = f"{ranks} ranks × {data.workers} workers that keep {data.prefetch + 2} micro-batches"
+    require_shared_memory(ready_bytes(config, ranks), whose)

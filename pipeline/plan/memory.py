@@ -85,7 +85,7 @@ def reserved_bytes(config: RunConfig, num_gpus: int) -> float:
 
 
 def _states(config: RunConfig, num_gpus: int) -> float:
-    student, teacher = _params(config)
+    student, teacher = trained_params(config)
     num_bytes = value_bytes(config)
     # In fp32 the weights are their own master copy and the teacher its own average.
     copy = 0 if num_bytes == _FLOAT else _FLOAT
@@ -101,7 +101,7 @@ def _states(config: RunConfig, num_gpus: int) -> float:
 
 
 def _buffers(config: RunConfig) -> float:
-    student, teacher = _params(config)
+    student, teacher = trained_params(config)
     gathered = min(student + teacher, _MAX_LIVE) if config.zero.stage == 3 else 0
     return value_bytes(config) * (gathered + min(student, config.zero.reduce_bucket_size))
 
@@ -134,7 +134,7 @@ def activation_bytes(
     return stage.micro_batch * (kept + clip + targets * _FLOAT * dims.width)
 
 
-def _params(config: RunConfig) -> tuple[int, int]:
+def trained_params(config: RunConfig) -> tuple[int, int]:
     """Parameters that are trained, and those of the teacher."""
     networks = networks_of(config)
     teacher = encoder_params(networks.encoder)

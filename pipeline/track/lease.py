@@ -177,6 +177,25 @@ def look(run_dir: Path) -> Held | None:
     return Held(token=tokens[-1], owner=read_owner(path), age_seconds=age, stamp=stamp.st_mtime_ns)
 
 
+def in_use_by(run_dir: Path) -> str | None:
+    """Which living job owns a run; None if it is free. Takes nothing, and waits for a sign of life.
+
+    An owner on another machine gives one every few seconds, so this may take twice as long.
+    """
+    held, me = look(run_dir), this_process()
+    if held is None or _is_free(held, me, STALE_SECONDS):
+        return None
+    who = held.owner.words if held.owner else "another job"
+    lives_here = held.owner is not None and is_seen_from(held.owner, me)
+    deadline = time.monotonic() + 2 * _TOUCH_SECONDS + 1.0
+    while not lives_here and time.monotonic() < deadline:
+        now = look(run_dir)
+        if now is None or (now.token, now.stamp) != (held.token, held.stamp):
+            return who
+        time.sleep(_POLL_SECONDS)
+    return who if lives_here else None
+
+
 def _make(folder: Path, token: int, me: Owner) -> Lease | None:
     """The lease of this number; None if another process was quicker."""
     path = folder / _name(token)

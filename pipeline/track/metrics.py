@@ -79,6 +79,17 @@ def sends_in_clear(config: MlflowConfig) -> bool:
     return config.enabled and parts.scheme == "http" and parts.hostname not in _LOOPBACK
 
 
+class PrometheusConfig(Section):
+    """An address where Prometheus reads how the run is doing; k8s/grafana has a board for it."""
+
+    enabled: bool = False
+    """Serve the newest step's figures on rank 0's machine."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen at; the loopback unless told, since whoever reaches it can read it."""
+    port: int = Field(default=9464, ge=1, le=65535)
+    """TCP port of `http://host:port/metrics`."""
+
+
 class TrackConfig(Section):
     """What is recorded of a run, and where it is shown."""
 
@@ -93,6 +104,8 @@ class TrackConfig(Section):
     with `measured` that of a large matrix product on the device at start."""
     mlflow: MlflowConfig = MlflowConfig()
     """Sending the run to MLflow."""
+    prometheus: PrometheusConfig = PrometheusConfig()
+    """Letting Prometheus read the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

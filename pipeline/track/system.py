@@ -1,10 +1,11 @@
 """How busy the machine is: processor, memory, network, GPUs, under the names MLflow shows."""
 
 from contextlib import suppress
-from types import ModuleType
 from typing import Any
 
 import psutil
+
+from pipeline.nvidia import nvml
 
 
 class SystemSampler:
@@ -16,7 +17,7 @@ class SystemSampler:
 
     def __init__(self) -> None:
         self._network = psutil.net_io_counters()
-        self._nvml = _nvml()
+        self._nvml = nvml()
         self._gpus: list[Any] = []
         if self._nvml is not None:
             count = self._nvml.nvmlDeviceGetCount()
@@ -39,32 +40,19 @@ class SystemSampler:
         return {name: round(value, 2) for name, value in values.items()}
 
     def _gpu(self, index: int, handle: Any) -> dict[str, float]:
-        nvml = self._nvml
-        if nvml is None:
+        library = self._nvml
+        if library is None:
             return {}
         values: dict[str, float] = {}
         # One by one: a GPU cut into MIG instances, say, tells its memory but not its use.
-        with suppress(nvml.NVMLError):
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        with suppress(library.NVMLError):
+            memory = library.nvmlDeviceGetMemoryInfo(handle)
             values[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
             values[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
-        with suppress(nvml.NVMLError):
-            use = nvml.nvmlDeviceGetUtilizationRates(handle)
+        with suppress(library.NVMLError):
+            use = library.nvmlDeviceGetUtilizationRates(handle)
             values[f"gpu_{index}_utilization_percentage"] = float(use.gpu)
-        with suppress(nvml.NVMLError):
-            watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        with suppress(library.NVMLError):
+            watts = library.nvmlDeviceGetPowerUsage(handle) / 1000
             values[f"gpu_{index}_power_usage_watts"] = watts
         return values
-
-
-def _nvml() -> ModuleType | None:
-    """NVIDIA's management library, if this machine has it and a GPU."""
-    try:
-        import pynvml  # noqa: PLC0415 - optional
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
