@@ -18,11 +18,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,prep,dev]'
 	touch $@
 
+# Two files of tests at a time: most tests wait for processes that they start. A file stays whole,
+# since its tests share the runs they look at.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: setup check
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: setup
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 # The long run of faults: half an hour at most; FAULTS="--faults 8 --mutants 500" for less.
 faults: setup

@@ -103,4 +103,5 @@ def test_the_measured_peak_is_that_of_a_matrix_product():
     tflops = measured_tflops(CPU, torch.float32, edge=256, rounds=3)
     assert 1e-4 < tflops < 100.0
     peak = find_peak(2.0, CPU, torch.float32)
-    assert utilisation(1.0, 1.0, replace(peak, tflops=tflops), 1) == 1e-12 / tflops
+    used = utilisation(1.0, 1.0, replace(peak, tflops=tflops), 1)
+    assert used == pytest.approx(1e-12 / tflops)
