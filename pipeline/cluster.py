@@ -83,7 +83,8 @@ def confine_worker(*, nice: int, hide_gpus: bool) -> None:
         hide_gpus: Show no GPU: those of this machine belong to somebody else.
     """
     # Of a thread, on Linux: a worker's own threads go on listening to Ray.
-    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if nice > os.getpriority(os.PRIO_PROCESS, 0):
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
     if hide_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

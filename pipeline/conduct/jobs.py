@@ -48,7 +48,7 @@ class Job:
     @property
     def words(self) -> str:
         """Names the job to people."""
-        return f"{self.kind} {self.name} of step {self.step}".replace("  ", " ")
+        return f"step {self.step}: {self.kind} {self.name}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from pipeline.errors import JepaError, PeerLostError
 class TaskNeeds:
     """What a task occupies while it runs, and what it is called in messages."""
 
-    num_cpus: int
+    num_cpus: float
     num_gpus: float
     describe: str
 

@@ -13,11 +13,12 @@ from pipeline.checkpoint.inspect import tensor_problems
 from pipeline.checkpoint.load import verify
 from pipeline.checkpoint.reshard import CommitTensors
 from pipeline.checkpoint.store import CommitStore
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import StorageError
 from pipeline.exchange.open import open_networks
-from pipeline.exchange.transfer import ExportRequest, Which, export_networks
+from pipeline.exchange.transfer import ExportRequest, export_networks
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.records import ProbeRequest
+from pipeline.report.facts import gather
 from pipeline.report.page import write_report
 from pipeline.track.folder import read_probes
 from pipeline.track.metrics import RunStatus, TrackConfig
@@ -134,21 +135,17 @@ def record_scores(
     return {}
 
 
-def update_report(run_dir: Path, *, report: Report) -> dict[str, Any]:
-    """Writes the run's report again, without feature maps."""
-    report("drawing")
-    return {"path": str(write_report(run_dir))}
+def update_report(run_dir: Path, *, with_page: bool, report: Report) -> dict[str, Any]:
+    """Judges the run again, and writes its report, without feature maps.
 
-
-def export_request(format_: str, weights: Which, *, check: bool, license_: str | None) -> Any:
-    """The request of an export that replaces an earlier one of the same checkpoint.
-
-    Raises:
-        UsageError: There is no such format.
+    Returns:
+        `state`, `keep` and `text` of the verdict.
     """
-    if format_ not in ("safetensors", "hf"):
-        raise UsageError(f"expected the format safetensors or hf, got {format_!r}")
-    return ExportRequest(format=format_, weights=weights, force=True, check=check, license=license_)
+    report("judging")
+    judged = gather(run_dir).verdict
+    if with_page:
+        write_report(run_dir)
+    return {"state": judged.state, "keep": judged.keep.step, "text": judged.text}
 
 
 def _teacher_distance(commit_dir: Path) -> float | None:

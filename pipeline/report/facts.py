@@ -26,6 +26,7 @@ from pipeline.track.folder import (
     start_times,
 )
 from pipeline.track.health import Health, verdict
+from pipeline.track.journal import damaged_steps, read_journal, teacher_distances
 from pipeline.track.jsonl import read_json_lines
 from pipeline.track.ledger import Ledger, time_ledger
 from pipeline.track.metrics import (
@@ -37,6 +38,7 @@ from pipeline.track.metrics import (
     without_superseded,
 )
 from pipeline.track.rates import Rates, eta_seconds, window_rates
+from pipeline.track.verdict import Checkpoints, Verdict, judge
 
 State = Literal[
     "not started", "starting", "running", "stopping", "finished", "stopped", "failed", "silent"
@@ -75,6 +77,18 @@ class RunFacts:
     def health(self) -> Health:
         """The verdict on the features."""
         return verdict([step.report for step in self.steps])
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The features, the teacher, the loss and the probes together, and which step to keep."""
+        journal = read_journal(self.run_dir)
+        checkpoints = Checkpoints(
+            steps=self.commits,
+            damaged=damaged_steps(journal),
+            teacher_distances=teacher_distances(journal),
+        )
+        history = [step.report for step in self.steps]
+        return judge(history, self.probes, checkpoints, health=self.health)
 
     @cached_property
     def ledger(self) -> Ledger | None:
