@@ -87,6 +87,7 @@ def check(
         _show(outcome, time.monotonic() - begin, as_json=json)
         _write_bad_nodes(path, bad_nodes(outcome.findings))
     sys.stdout.flush()
+    sys.stderr.flush()
     leave(outcome)
     return ExitCode(outcome.code)
 

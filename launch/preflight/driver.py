@@ -95,8 +95,9 @@ class Outcome:
 
     findings: tuple[Finding, ...]
     code: int
-    is_stuck: bool
-    """A check hangs in a thread: the process must be ended the hard way."""
+    must_leave: bool
+    """The process must be ended the hard way: a check hangs in a thread, or a process group's
+    threads are alive, whose end would wait for the others."""
 
 
 def run_preflight(situation: Situation, *, seconds: float, say: Callable[[str], None]) -> Outcome:
@@ -146,12 +147,13 @@ def _together(
     """Rank 0 compares what all found; the others hear what it came to."""
     if situation.launch.rank != 0:
         code = gathering.verdict(None, deadline + 10.0)
-        return Outcome(findings=(), code=code, is_stuck=runner.is_stuck)
-    answers = gathering.answers(deadline - 1.0)
+        return Outcome(findings=(), code=code, must_leave=True)
+    present = [rank for rank in range(situation.launch.world_size) if rank not in missing]
+    answers = gathering.answers(present, deadline - 1.0)
     silent = [rank for rank in range(situation.launch.world_size) if rank not in answers]
     who = nodes_finding(situation.launch.world_size, sorted({*missing, *silent}), gathering.hosts())
     outcome = _outcome(situation, list(answers.values()), (who,), runner)
-    gathering.verdict(outcome.code, deadline)
+    gathering.verdict(outcome.code, deadline, others=len(answers) - 1)
     return outcome
 
 
@@ -223,10 +225,11 @@ def _outcome(
     found += [compare(situation, answers) for compare in _COMPARISONS]
     if situation.launch.launcher != "alone":
         found += [compare_clocks(situation, answers), compare_network(situation, answers)]
-    return Outcome(findings=tuple(found), code=int(exit_code(found)), is_stuck=runner.is_stuck)
+    must_leave = runner.is_stuck or situation.launch.launcher != "alone"
+    return Outcome(findings=tuple(found), code=int(exit_code(found)), must_leave=must_leave)
 
 
 def leave(outcome: Outcome) -> None:
-    """Ends the process at once where a thread hangs in a device or a file system."""
-    if outcome.is_stuck:
+    """Ends the process at once where its threads would not let it end."""
+    if outcome.must_leave:
         os._exit(outcome.code)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -59,7 +59,12 @@ class Gathering:
 
     def hosts(self) -> dict[int, str]:
         """The machines of ranks, as far as they are known, present or not."""
-        return hosts_of(self.store, self._launch)
+        known = hosts_of(self.store, self._launch)
+        for rank in range(self._launch.world_size):
+            with contextlib.suppress(*_LOST):
+                if self.store.check([f"node/{rank}"]):
+                    known[rank] = self.store.get(f"node/{rank}").decode()
+        return known
 
     def nodes(self) -> dict[int, str]:
         """The machine of every rank; all must have come."""
@@ -81,16 +86,16 @@ class Gathering:
         }
         self.store.set(f"answer/{answer.rank}", json.dumps(content, default=str))
 
-    def answers(self, deadline: float) -> dict[int, Answer]:
-        """The findings of all processes that give them by the deadline."""
+    def answers(self, ranks: Iterable[int], deadline: float) -> dict[int, Answer]:
+        """The findings of those processes that give them by the deadline."""
         found = {}
-        for rank in range(self._launch.world_size):
+        for rank in ranks:
             with contextlib.suppress(*_LOST, PeerLostError):
                 found[rank] = _answer(json.loads(self._get(f"answer/{rank}", deadline)))
         return found
 
-    def verdict(self, code: int | None, deadline: float) -> int:
-        """Rank 0 says what all end with; the others hear it.
+    def verdict(self, code: int | None, deadline: float, *, others: int = 0) -> int:
+        """Rank 0 says what all end with; the others hear it, so many of them.
 
         Raises:
             PeerLostError: Rank 0 says nothing.
@@ -101,7 +106,6 @@ class Gathering:
             return code
         self.store.set("verdict", str(code))
         # The store ends with rank 0: not before the others have heard.
-        others = self._launch.world_size - 1
         until = min(deadline, time.monotonic() + 5.0)
         while time.monotonic() < until:
             if self.store.add("heard", 0) >= others:

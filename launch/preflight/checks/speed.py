@@ -42,7 +42,7 @@ def compare_speed(situation: Situation, answers: Sequence[Answer]) -> Finding:
     rates = {node: one.values["mb_per_second"] for node, one in found if one and one.values}
     total = sum(rates.values())
     size = checkpoint_bytes(situation.config) / 1e6
-    seconds = size / max(total, 1e-3)
+    seconds = size / max(total, 1e-9)
     grace, minutes = situation.config.stop.grace_seconds, situation.config.checkpoint.every_minutes
     interval = 60.0 * minutes if minutes is not None else _LONGEST_INTERVAL
     expected = f"a checkpoint of {size:,.0f} MB within {interval:,.0f} s"
