@@ -94,6 +94,7 @@ def summary(facts: RunFacts, *, every_byte: bool = False) -> dict[str, Any]:
         "health": facts.health.state,
         "health_sentences": list(facts.health.sentences),
         "health_evidence": [asdict(one) for one in facts.health.evidence],
+        "verdict": asdict(facts.verdict),
         "probes": [_probe(comparison) for comparison in compare(facts.probes)],
         "mlflow": _mlflow(facts),
         "config_problem": facts.config_problem,
@@ -130,7 +131,8 @@ def _lines(facts: RunFacts, *, every_byte: bool) -> list[tuple[str, Text]]:
         ("owner", Text(_owner(facts) or "nobody")),
         ("starts", Text(_starts(facts))),
         ("time", Text(_phases(facts))),
-        ("health", _coloured(facts.health.state, " ".join(facts.health.sentences))),
+        ("health", _coloured(facts.verdict.state, " ".join(facts.verdict.sentences))),
+        ("advice", Text(f"{facts.verdict.todo} {facts.verdict.keep.sentence}")),
         ("probes", Text(learning_sentence(compare(facts.probes)))),
     ]
     if facts.faults:

@@ -14,15 +14,23 @@ _TITLES = {
 
 def head(facts: RunFacts, comparisons: list[Comparison]) -> str:
     """Name, state, verdict, and the figures most asked for."""
-    kind, mark = _MARKS[facts.health.state]
-    reasons = "".join(f"<li>{text(sentence)}</li>" for sentence in facts.health.sentences)
+    verdict = facts.verdict
+    kind, mark = _MARKS[verdict.state]
+    reasons = "".join(f"<li>{text(sentence)}</li>" for sentence in verdict.sentences)
     learned = text(learning_sentence(comparisons))
     return (
         f"<p class=eyebrow>Training run</p><h1>{text(facts.run_dir.resolve().name)}</h1>"
         f"<p>{text(state_sentence(facts))}</p>"
-        f'<div class="verdict {kind}"><strong>{mark} {_TITLES[facts.health.state]}</strong>'
-        f"<ul>{reasons}<li>{learned}</li></ul></div>{_tiles(facts, comparisons)}"
+        f'<div class="verdict {kind}"><strong>{mark} {_title(facts)}</strong>'
+        f"<ul>{reasons}<li>{learned}</li></ul><p><b>{text(verdict.keep.sentence)}</b> "
+        f"{text(verdict.todo)}</p></div>{_tiles(facts, comparisons)}"
     )
+
+
+def _title(facts: RunFacts) -> str:
+    if facts.verdict.state == facts.health.state:
+        return _TITLES[facts.health.state]
+    return f"{_TITLES[facts.health.state]}, but there is something to look at"
 
 
 def state_sentence(facts: RunFacts) -> str:
