@@ -59,9 +59,29 @@ VERBS = (
         help="Ask a run to save and stop after the step it is in.",
     ),
     Verb(
+        words="launch slurm",
+        function="launch.commands:slurm",
+        help="Submit a run, or work beside one, to Slurm.",
+    ),
+    Verb(
+        words="launch local",
+        function="launch.commands:local",
+        help="Train on this machine, one rank for each GPU.",
+    ),
+    Verb(
         words="report",
         function="pipeline.commands.report:report",
         help="A run as one self-contained HTML page.",
+    ),
+    Verb(
+        words="compare",
+        function="pipeline.commands.compare:compare",
+        help="Several runs side by side: curves, stages, scores, configuration.",
+    ),
+    Verb(
+        words="conduct",
+        function="pipeline.commands.conduct:conduct",
+        help="Verify, mirror, export, probe and judge a run's checkpoints as they come.",
     ),
     Verb(
         words="probe",
@@ -154,5 +174,6 @@ GROUPS = {
     "config": "Look at configurations and at what they can say.",
     "ckpt": "Look after checkpoints.",
     "bench": "Measure on this machine.",
+    "launch": "Start runs on a cluster or here.",
     "prep": "Turn videos into shards.",
 }

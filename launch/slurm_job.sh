@@ -1,0 +1,204 @@
+# ---- The same in every job -------------------------------------------------------------------
+
+set -u
+job=$SLURM_JOB_ID
+attempt=${SLURM_RESTART_COUNT:-0}
+say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$job" "$((attempt + 1))" "$*"; }
+
+# Both from the first line on: untrapped, either would end this script before the ranks have saved.
+warned=0 ended=0 ranks='' reminder=''
+trap 'warned=1; say "asked to save: the time limit is near"; remind' USR2
+trap 'ended=1; say "ended by Slurm: cancelled, preempted, requeued, or a node is lost"' TERM
+
+records=$run_dir/jobs
+state=$records/$job.failures    # failures in a row, and the checkpoint step they were counted at
+bad_nodes=$records/$job.bad-nodes
+mkdir -p "$records" || exit 74
+touch "$records/$job.started"
+
+# An array's job has a value of its own; in its words {} stands for it.
+if [ ${#each[@]} -gt 0 ]; then
+  value=${each[${SLURM_ARRAY_TASK_ID:-0}]}
+  # Quoted, or bash 5.2 takes an & in the value for what was matched.
+  for at in "${!command[@]}"; do command[at]=${command[at]//'{}'/"$value"}; done
+fi
+
+# Nodes: all of them, or as many as share the global batch evenly.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_nodes=${#hosts[@]}
+if [ ${#node_counts[@]} -gt 0 ]; then
+  fitting=0
+  for count in "${node_counts[@]}"; do
+    if [ "$count" -le "${#hosts[@]}" ] && [ "$count" -gt "$fitting" ]; then fitting=$count; fi
+  done
+  if [ "$fitting" = 0 ]; then
+    say "no number of nodes up to ${#hosts[@]} shares the global batch evenly: ${node_counts[*]}"
+    exit 78
+  fi
+  num_nodes=$fitting
+fi
+list=$(IFS=,; printf %s "${hosts[*]:0:num_nodes}")
+say "runs on $num_nodes of ${#hosts[@]} nodes: $list"
+
+setup
+
+# Ports and meeting point from the job's number: two jobs on one node never meet.
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + job % 20000))
+# A folder of this start alone: an operator's build that was killed leaves a lock behind, for
+# which the next one would wait for ever.
+own=$scratch/jepa-$job.$attempt
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$own/torch_extensions}
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then    # not told by Slurm before 23.02
+  ends=$(date -d "$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null)" +%s 2>/dev/null)
+  if [ -n "$ends" ]; then export SLURM_JOB_END_TIME=$ends; fi
+fi
+
+# What every task begins with. A signal that is ignored stays so over exec: a warning that comes
+# while Python still imports kills nobody. exec: no shell stands between Slurm and the rank.
+# shellcheck disable=SC2016
+wrapper='trap "" USR2; mkdir -p "$TORCH_EXTENSIONS_DIR"; exec "$@"'
+
+# step NAME TASKS_PER_NODE WORDS...: one srun over the nodes; its code is the highest of its tasks'.
+# No --kill-on-bad-exit: ranks find out by themselves that one is lost, and say which; --wait ends
+# those that do not.
+step() {
+  local name=$1 tasks=$2 pid code; shift 2
+  srun --job-name="$name" --nodes="$num_nodes" --nodelist="$list" --ntasks=$((num_nodes * tasks)) \
+    --ntasks-per-node="$tasks" --cpus-per-task="$cpus_per_task" --wait=120 --label --unbuffered \
+    "${step_options[@]}" bash -c "$wrapper" "$name" "${inside[@]}" "$@" &
+  pid=$!
+  if [ "$name" = ranks ]; then ranks=$pid; remind; fi
+  while wait "$pid"; kill -0 "$pid" 2>/dev/null; do :; done    # a trap ended the wait, not srun
+  wait "$pid"; code=$?
+  return "$code"
+}
+
+# Hands the warning on to the ranks. Through scancel: srun itself would cancel a step that it is
+# still making, and TERM would make it kill the ranks. Again and again: they may not listen yet.
+remind() {
+  if [ "$warned" = 0 ] || [ -z "$ranks" ] || [ -n "$reminder" ]; then return; fi
+  while kill -0 "$ranks" 2>/dev/null; do
+    scancel --quiet --signal=USR2 "$job"
+    sleep 5
+  done &
+  reminder=$!
+}
+
+# The newest whole checkpoint; 0 before the first.
+newest_step() {
+  local path newest=0 number
+  for path in "$run_dir"/checkpoints/step-*; do
+    number=${path##*/step-}
+    [[ $number =~ ^[0-9]+$ ]] || continue
+    if [ $((10#$number)) -gt "$newest" ]; then newest=$((10#$number)); fi
+  done
+  echo "$newest"
+}
+
+# An exit code that starting again cannot help, from srun or from any rank's last word: srun tells
+# only the highest code, and the rank that found the cause may have a lower one.
+final_code() {
+  local code=$1 word final
+  for final in 78 93 79 65 2; do
+    if [ "$code" = "$final" ]; then echo "$final"; return; fi
+    for word in "$run_dir"/faults/fault-*.json; do
+      if [ "$word" -nt "$records/$job.started" ] \
+        && grep -qE "\"exit_code\": ${final}[,}]" "$word"; then echo "$final"; return; fi
+    done
+  done
+}
+
+# Removes this start's folder from the nodes' own disks.
+tidy() {
+  if [[ $TORCH_EXTENSIONS_DIR != "$own"/* ]]; then return; fi
+  timeout 30 srun --overlap --nodes="$num_nodes" --nodelist="$list" --ntasks="$num_nodes" \
+    --ntasks-per-node=1 rm -rf -- "$own" || say "$own is left on a node"
+}
+
+requeue() {
+  say "$1: back into the queue"
+  tidy
+  scontrol requeue "$job" || { say "this cluster refuses to requeue; submit the job again"; exit "$2"; }
+  sleep 60 & wait $!
+  exit "$2"
+}
+
+# A failure counts unless a newer checkpoint was made since the last one.
+again_or_give_up() {
+  local code=$1 failures=0 step=-1 now
+  if [ -e "$state" ]; then read -r failures step <"$state"; fi
+  now=$(newest_step)
+  if [ "$now" -gt "$step" ]; then failures=0; fi
+  failures=$((failures + 1))
+  echo "$failures $now" >"$state"
+  if [ "$failures" -gt "$max_failures" ]; then
+    say "failed $failures times since step $now: giving up, code $code"
+    exit "$code"
+  fi
+  requeue "failure $failures of $max_failures since step $now, code $code" "$code"
+}
+
+# Not the highest code but who asked decides on 75: otherwise a failed rank, after which the others
+# stop in good order, would be started again for ever.
+saved() {
+  local stop left
+  stop=$(grep '"name": "stop"' "$run_dir/events.jsonl" 2>/dev/null | tail -n 1)
+  left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))
+  if [ -e "$run_dir/stop" ]; then say "stopped by \`jepa stop\`"; exit 75; fi
+  if [[ $stop == *"the time limit is near"* ]] && [ "$left" -gt $((2 * grace_seconds)) ]; then
+    say "stopped by stop.at or stop.max_hours of its configuration"; exit 75
+  fi
+  if [ "$warned" = 1 ] || [ "$(newest_step)" -gt "$first_step" ]; then
+    requeue "saved at step $(newest_step)" 75
+  fi
+  again_or_give_up 75
+}
+
+# Takes the nodes that failed the checks out of this job, for all its further starts.
+exclude_bad_nodes() {
+  local bad before all
+  bad=$(paste -sd, "$bad_nodes")
+  before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
+  all=$bad; if [ -n "$before" ] && [ "$before" != "(null)" ]; then all=$before,$bad; fi
+  say "bad: $bad; queued again without them"
+  # Held, or it could start on them again before they are excluded.
+  scontrol requeuehold "$job" || exit 76
+  until scontrol update JobId="$job" ExcNodeList="$all"; do sleep 1 & wait $!; done
+  scontrol release "$job"
+  sleep 60 & wait $!
+  exit 76
+}
+
+if [ ${#preflight[@]} -gt 0 ]; then
+  rm -f "$bad_nodes"
+  step preflight 1 "${preflight[@]}" --bad-nodes "$bad_nodes"; code=$?
+  if [ "$ended" = 1 ]; then exit "$code"; fi
+  if [ "$code" != 0 ]; then say "the checks before training ended with $code"; fi
+  case $code in
+    0) ;;
+    2 | 78) exit "$code" ;;
+    *) if [ -s "$bad_nodes" ]; then exclude_bad_nodes; fi; again_or_give_up "$code" ;;
+  esac
+fi
+
+first_step=$(newest_step)
+if [ "$warned" = 1 ]; then requeue "asked to save before it began" 75; fi
+case $launcher in
+  srun) step ranks "$tasks_per_node" "${command[@]}" ;;
+  torchrun) step ranks "$tasks_per_node" "${agent[@]}" "${command[@]:1}" ;;
+  ray)
+    # Whoever reaches Ray's ports may run code: only those who can read this file.
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$records/$job.token
+    (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    step ranks "$tasks_per_node" "${agent[@]}" "$MASTER_ADDR:$MASTER_PORT" --min-nodes "$num_nodes" \
+      --num-cpus "$cpus_per_task" --include-dashboard false --disable-usage-stats \
+      -- "${command[@]}" ;;
+esac
+code=$?
+say "ended with $code"
+if [ "$code" = 0 ]; then rm -f "$state" "$records/$job.started"; tidy; exit 0; fi
+if [ "$ended" = 1 ]; then exit "$code"; fi    # Slurm queues it again, or was told not to
+final=$(final_code "$code")
+if [ -n "$final" ]; then say "code $final: starting again cannot help"; exit "$final"; fi
+if [ "$code" = 75 ]; then saved; fi
+again_or_give_up "$code"
