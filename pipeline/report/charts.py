@@ -124,7 +124,9 @@ def _draw_series(axes: Axes, series: Series, number: int) -> None:
     steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
     finite = np.isfinite(values)
     steps, values = _thin(steps[finite], values[finite])
-    colour, dashes = _SERIES[number % len(_SERIES)], _LINES[number % len(_LINES)]
+    # From the fifth line on the colours come again, with other dashes.
+    dashes = _LINES[(number + number // len(_SERIES)) % len(_LINES)]
+    colour = _SERIES[number % len(_SERIES)]
     if series.smooth and len(values) > 20:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
         values = _running_median(values, max(3, len(values) // 40))
