@@ -22,6 +22,8 @@ _WINDOW_STEPS = 5
 _JUMP_SHARE, _JUMP_NOISE = 0.25, 6.0
 # A turn is more than a fiftieth of the lowest level and three times what medians scatter by.
 _TURN_SHARE, _TURN_NOISE = 0.02, 3.0
+# Less than this is no movement, however quiet the loss.
+_STILL_SHARE = 0.005
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,16 +62,17 @@ def loss_shape(history: Sequence[StepReport]) -> LossShape:
         return replace(found, kind="jumped", turn_step=_jump_step(around))
     scatter = _TURN_NOISE * 1.25 * noise / math.sqrt(len(reports) / len(windows))
     margin = max(_TURN_SHARE * abs(min(levels)), scatter)
+    still = max(_STILL_SHARE * abs(min(levels)), scatter)
     lowest = levels.index(min(levels))
     is_inside = levels.index(first) < lowest < len(levels) - 1
     if is_inside and min(first, levels[-1]) - levels[lowest] > margin:
         step = windows[lowest][len(windows[lowest]) // 2].step
         return replace(found, kind="turned", turn_step=step)
-    return replace(found, kind=_trend(first, levels[-1], margin))
+    return replace(found, kind=_trend(first, levels[-1], still))
 
 
-def _trend(first: float, last: float, margin: float) -> Kind:
-    if abs(last - first) <= margin / 4:
+def _trend(first: float, last: float, still: float) -> Kind:
+    if abs(last - first) <= still:
         return "flat"
     return "falling" if last < first else "rising"
 
