@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from dataclasses import asdict
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -69,7 +69,7 @@ def local(
     *words: Words,
     print: PrintFlag = False,
     request: Flags = None,
-) -> ExitCode | NoReturn:
+) -> ExitCode:
     """Train on this machine: `jepa train CONFIG --ranks N --or-resume`, one rank for each GPU.
 
     Needs no site file unless one is given.

@@ -123,17 +123,23 @@ def _side_job(words: Sequence[str], request: Request, site: Site) -> JobSpec:
         )
     name = request.name or request.kind
     folder = request.folder or _run_of(words) or Path("runs") / name
+    nodes = request.nodes or 1  # the site's number is for training
     argv = (verb, *words)
-    if site.nodes > 1 and "--address" not in words:
+    if nodes > 1:
+        if argv[:2] != ("prep", "run") and verb != "conduct":
+            raise UsageError(
+                f"`jepa {' '.join(argv[:2])}` runs on one node, not on {nodes}",
+                remedy="`jepa prep run` and `jepa conduct` spread over several, by Ray.",
+            )
         argv = (*argv, "--address", "auto")
     return JobSpec(
         name=name,
         kind=request.kind,
         argv=argv,
         run_dir=Path.cwd() / folder,
-        min_nodes=request.min_nodes or site.nodes,
+        min_nodes=request.min_nodes or nodes,
         each=request.each,
-        **_machines(site),
+        **{**_machines(site), "nodes": nodes},
     )
 
 

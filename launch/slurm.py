@@ -117,6 +117,7 @@ def _variables(job: JobSpec, site: Site) -> list[str]:
         f"tasks_per_node={_tasks_per_node(job, site.slurm)}",
         f"cpus_per_task={_cpus_per_task(job, site.slurm)}",
         f"max_failures={site.slurm.max_failures}    # in a row, without a new checkpoint",
+        "lost_seconds=120    # after a rank has ended, the others may go on for so long",
         f"grace_seconds={job.grace_seconds}    # the same as in --signal",
         f"scratch={quoted(site.scratch)}    # on each node's own disk",
         "# Container: options of srun (pyxis), or what stands before the command (apptainer).",

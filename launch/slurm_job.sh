@@ -44,6 +44,8 @@ setup
 
 # Ports and meeting point from the job's number: two jobs on one node never meet.
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + job % 20000))
+# Lines in the log at once; --unbuffered would make srun's output a terminal, with colours and bars.
+export PYTHONUNBUFFERED=1
 # A folder of this start alone: an operator's build that was killed leaves a lock behind, for
 # which the next one would wait for ever.
 own=$scratch/jepa-$job.$attempt
@@ -64,7 +66,7 @@ wrapper='trap "" USR2; mkdir -p "$TORCH_EXTENSIONS_DIR"; exec "$@"'
 step() {
   local name=$1 tasks=$2 pid code; shift 2
   srun --job-name="$name" --nodes="$num_nodes" --nodelist="$list" --ntasks=$((num_nodes * tasks)) \
-    --ntasks-per-node="$tasks" --cpus-per-task="$cpus_per_task" --wait=120 --label --unbuffered \
+    --ntasks-per-node="$tasks" --cpus-per-task="$cpus_per_task" --wait="$lost_seconds" --label \
     "${step_options[@]}" bash -c "$wrapper" "$name" "${inside[@]}" "$@" &
   pid=$!
   if [ "$name" = ranks ]; then ranks=$pid; remind; fi
@@ -147,6 +149,9 @@ saved() {
   if [ -e "$run_dir/stop" ]; then say "stopped by \`jepa stop\`"; exit 75; fi
   if [[ $stop == *"the time limit is near"* ]] && [ "$left" -gt $((2 * grace_seconds)) ]; then
     say "stopped by stop.at or stop.max_hours of its configuration"; exit 75
+  fi
+  if grep -qs '"is_done": false' "$run_dir/rewinds.json"; then    # limited by the run itself
+    requeue "going back to an older step, after a spike" 75
   fi
   if [ "$warned" = 1 ] || [ "$(newest_step)" -gt "$first_step" ]; then
     requeue "saved at step $(newest_step)" 75

@@ -20,6 +20,7 @@ from pipeline.report.html import duration, moment, percent
 from pipeline.report.probes import Comparison, compare, learning_sentence
 from pipeline.stages import place_of_step
 from pipeline.track.folder import MLFLOW_FILE, read_json_object
+from pipeline.track.jobs import ALIVE, present_jobs
 from pipeline.track.lease import look
 from pipeline.track.rewinds import read_rewinds
 
@@ -38,8 +39,8 @@ _COLOURS = {
 def status(run: Path, *, watch: bool = False, verify: bool = False, json: JsonFlag = False) -> None:
     """Where a run stands: state, step, speed, time left, last checkpoint, errors, health, probes.
 
-    Reads the run's folder alone, so it works on a run that goes on elsewhere as well as on a dead
-    one.
+    Reads the run's folder, so it works on a run that goes on elsewhere as well as on a dead one;
+    and, where the scheduler's command is at hand, asks how the jobs stand that `jepa launch` made.
 
     Args:
         run: Folder of the run.
@@ -84,6 +85,7 @@ def summary(facts: RunFacts, *, every_byte: bool = False) -> dict[str, Any]:
         "last_good_checkpoint": good,
         "damaged_checkpoints": bad,
         "owner": _owner(facts),
+        "jobs": [job.to_dict() for job in present_jobs(facts.run_dir)],
         "num_starts": len(facts.ledger.attempts) if facts.ledger else 0,
         "effective_share": facts.ledger.effective_share if facts.ledger else None,
         "phases": facts.ledger.phases if facts.ledger else None,
@@ -107,9 +109,14 @@ def _print_once(run: Path, *, verify: bool) -> None:
 
 def _repeat(show: Callable[[], None], run: Path, *, watch: bool) -> None:
     show()
-    while watch and gather(run).state not in _ENDED:
+    while watch and (gather(run).state not in _ENDED or _is_in_queue(run)):
         time.sleep(_WATCH_SECONDS)
         show()
+
+
+def _is_in_queue(run: Path) -> bool:
+    """Whether a scheduler still has a job of it, which may begin or go on."""
+    return any(job.state.state in ALIVE for job in present_jobs(run))
 
 
 def _grid(facts: RunFacts, *, verify: bool) -> Table:
@@ -130,6 +137,7 @@ def _lines(facts: RunFacts, *, every_byte: bool) -> list[tuple[str, Text]]:
         ("checkpoint", _checkpoint(facts, every_byte=every_byte)),
         ("owner", Text(_owner(facts) or "nobody")),
         ("starts", Text(_starts(facts))),
+        *(("job", Text(job.words)) for job in present_jobs(facts.run_dir)),
         ("time", Text(_phases(facts))),
         ("health", _coloured(facts.verdict.state, " ".join(facts.verdict.sentences))),
         ("advice", Text(f"{facts.verdict.todo} {facts.verdict.keep.sentence}")),

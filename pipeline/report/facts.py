@@ -26,6 +26,7 @@ from pipeline.track.folder import (
     start_times,
 )
 from pipeline.track.health import Health, verdict
+from pipeline.track.jobs import JOBS_FILE
 from pipeline.track.journal import damaged_steps, read_journal, teacher_distances
 from pipeline.track.jsonl import read_json_lines
 from pipeline.track.ledger import Ledger, time_ledger
@@ -224,7 +225,7 @@ def check_is_run(run_dir: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RUN_FILE, METRICS_FILE, EVENTS_FILE))
+    return any((path / name).is_file() for name in (RUN_FILE, METRICS_FILE, EVENTS_FILE, JOBS_FILE))
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from pipeline.track.jsonl import JsonLinesWriter, read_json_lines
 JOBS_FILE = "jobs.jsonl"
 # A controller that does not answer must not keep anybody from seeing how the run stands.
 _ASK_SECONDS = 10.0
+_MOST_SHOWN = 3
 _SLURM_WORDS = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_HOLD": "held", "CONFIGURING": "starting",
     "RUNNING": "running", "COMPLETING": "ending", "STOPPED": "paused", "SUSPENDED": "paused",
@@ -57,6 +58,36 @@ class JobState:
     """queued, running, preempted, finished … ; `unknown` if the scheduler is not at hand."""
     detail: str = ""
     """Why it waits, where it runs, or with what code it ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PresentJob:
+    """A submission and how it stands."""
+
+    record: JobRecord
+    state: JobState
+
+    @property
+    def words(self) -> str:
+        """One line: state, why, what it is, and the command that shows or ends it."""
+        record, state = self.record, self.state
+        detail = f" ({state.detail})" if state.detail else ""
+        ends = f"; `{record.stop}` ends it" if state.state in ALIVE else ""
+        return (
+            f"{state.state}{detail}: {record.scheduler} {record.id}, {record.kind} of "
+            f"{record.name}, submitted {record.submitted}; log {record.log}{ends}"
+        )
+
+    def to_dict(self) -> dict[str, str]:
+        """For `--json`."""
+        return {**asdict(self.record), "state": self.state.state, "detail": self.state.detail}
+
+
+def present_jobs(run_dir: Path) -> tuple[PresentJob, ...]:
+    """The newest submissions of a run and what their schedulers say of them now."""
+    return tuple(
+        PresentJob(record=record, state=ask(record)) for record in read_jobs(run_dir)[-_MOST_SHOWN:]
+    )
 
 
 def record_job(run_dir: Path, record: JobRecord) -> None:
