@@ -113,7 +113,7 @@ class Follow:
         self.commits = seen_commits(self.run_dir)
         self._note_gone()
         for job in self.open_jobs():
-            if job.kind == "record" and can_begin(job, self.settled):
+            if job.kind == "record" and job.key not in self._in_flight:
                 self._note_recorded(job)
         jobs = [job for job in self.open_jobs() if self._may_begin(job)]
         self._retain()
@@ -179,14 +179,17 @@ class Follow:
     def _may_begin(self, job: Job) -> bool:
         if job.key in self._in_flight or not can_begin(job, self.settled):
             return False
-        if job.kind == "record" and is_owned(self.run_dir):
-            return False  # The run's own uploading process does it within seconds.
+        if job.kind == "record":
+            # The run's own uploading process does it within seconds; else one job sends all.
+            is_sent = any(key.startswith("record") for key in self._in_flight)
+            if is_sent or is_owned(self.run_dir):
+                return False
         return time.monotonic() >= self._not_before.get(job.key, 0.0)
 
     def _note_recorded(self, job: Job) -> None:
-        if is_recorded(self.run_dir, job.name, job.step):
-            self._in_flight.pop(job.key, None)
-            self.note("done", step=job.step, key=job.key, mark=job.mark, job=job.words)
+        if can_begin(job, self.settled) and is_recorded(self.run_dir, job.name, job.step):
+            why = "the run's own uploading process, or an earlier job, has sent it"
+            self.note("done", step=job.step, key=job.key, mark=job.mark, job=job.words, why=why)
 
     def _note_failure(self, job: Job, error: JepaError) -> None:
         reason = str(error)
