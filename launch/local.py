@@ -2,7 +2,8 @@
 
 torchrun's agent ends with 1 whatever its ranks ended with, and dies of SIGUSR1 before a rank hears
 of it; a scheduler that requeues on 75 needs the ranks' own word. This is the small part of it that
-one machine needs: environment, signals, exit codes. Several machines are started by srun.
+one machine needs: environment, signals, exit codes. Of several pods each runs one of these; under
+srun none is needed, as every rank is a task.
 """
 
 import contextlib
@@ -12,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import ExitCode
+from pipeline.place import Node
 from pipeline.track.faults import RankFault, write_fault
 from pipeline.track.folder import start_times
 from pipeline.track.rewinds import pending, read_rewinds
@@ -25,17 +28,33 @@ from pipeline.track.rewinds import pending, read_rewinds
 _GRACE_SECONDS = 20.0
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
+# Several machines start again after a rewind at another port, of so many in turn.
+_NUM_PORTS = 8
 
 
 def start_ranks(
     arguments: Sequence[str], *, num_ranks: int, port: int, run_dir: Path | None = None
 ) -> int:
-    """Runs `python ARGUMENTS` once a rank and waits for all of them.
+    """Runs `python ARGUMENTS` once a rank, all of them on this machine, and waits for them.
 
     Args:
         arguments: What follows the interpreter on each rank's command line.
         num_ranks: Ranks to start, with one GPU each where there are any.
         port: Free TCP port on the loopback interface where the ranks meet.
+        run_dir: Folder of the run, where it is written down which rank was killed by a signal.
+
+    Returns:
+        As `start_node`.
+    """
+    return start_node(arguments, node=_this_machine(num_ranks, port), run_dir=run_dir)
+
+
+def start_node(arguments: Sequence[str], *, node: Node, run_dir: Path | None = None) -> int:
+    """Runs `python ARGUMENTS` once for every rank of one machine and waits for them.
+
+    Args:
+        arguments: What follows the interpreter on each rank's command line.
+        node: Which of the machines this is, and where all ranks meet.
         run_dir: Folder of the run, where it is written down which rank was killed by a signal.
 
     Returns:
@@ -45,10 +64,10 @@ def start_ranks(
     ranks: list[subprocess.Popen[bytes]] = []
     with _forwarding(ranks) as forwarded:
         # One by one into the list that signals are passed on to, so that none is left out.
-        ranks.extend(_start(arguments, rank, num_ranks, port) for rank in range(num_ranks))
+        ranks.extend(_start(arguments, number, node) for number in range(node.num_ranks))
         for number in forwarded:  # came while they were being started
             _send(ranks, number)
-        _wait(ranks, run_dir)
+        _wait(ranks, run_dir, first=node.rank * node.num_ranks)
     told = next((n for n in forwarded if all(p.returncode == -n for p in ranks)), None)
     if told is not None:
         # They had not begun to listen yet: nothing was saved and nothing is lost.
@@ -58,7 +77,8 @@ def start_ranks(
         rank, code = failure
         status = ranks[rank].returncode
         how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
-        print(f"rank {rank} {how}", file=sys.stderr)  # noqa: T201 - a launcher's word
+        name = f"rank {node.rank * node.num_ranks + rank}"
+        print(f"{name} {how}", file=sys.stderr)  # noqa: T201 - a launcher's word
         return code
     return max(_code(process) for process in ranks)
 
@@ -66,13 +86,31 @@ def start_ranks(
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m launch.local RANKS PORT RUN ARGUMENTS…`: what `jepa train --ranks N` becomes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    num_ranks, port, run_dir, words = int(words[0]), int(words[1]), Path(words[2]), words[3:]
+    num_ranks, port, run_dir = int(words[0]), int(words[1]), Path(words[2])
+    return run_node(words[3:], node=_this_machine(num_ranks, port), run_dir=run_dir)
+
+
+def run_node(arguments: Sequence[str], *, node: Node, run_dir: Path) -> int:
+    """Starts the ranks of one machine, and again as often as the run asks to go back.
+
+    Returns:
+        As `start_node`.
+    """
+    words, starts = list(arguments), 0
     while True:
-        code = start_ranks(words, num_ranks=num_ranks, port=port, run_dir=run_dir)
+        # Ranks of a machine that is quick to start again would meet the store of the last start.
+        port = node.master_port + (starts % _NUM_PORTS if node.count > 1 else 0)
+        code = start_node(words, node=replace(node, master_port=port), run_dir=run_dir)
+        starts += 1
         if code != ExitCode.SAVED_RUN_AGAIN or pending(read_rewinds(run_dir)) is None:
             return code
         # The run itself asked to go back before a spike; how often it may is its own limit.
         words = ["-m", "pipeline.cli", "resume", str(run_dir)]
+
+
+def _this_machine(num_ranks: int, port: int) -> Node:
+    address = "127.0.0.1"
+    return Node(rank=0, count=1, num_ranks=num_ranks, master_address=address, master_port=port)
 
 
 def _write_down(run_dir: Path, rank: int, number: int) -> None:
@@ -88,31 +126,32 @@ def _write_down(run_dir: Path, rank: int, number: int) -> None:
     write_fault(run_dir, fault)
 
 
-def _start(
-    arguments: Sequence[str], rank: int, num_ranks: int, port: int
-) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], number: int, node: Node) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "RANK": str(node.rank * node.num_ranks + number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(node.count * node.num_ranks),
+        "LOCAL_WORLD_SIZE": str(node.num_ranks),
+        "MASTER_ADDR": node.master_address,
+        "MASTER_PORT": str(node.master_port),
     }
     # A group of its own: Ctrl-C in a terminal reaches us alone, and every rank once through us.
     return subprocess.Popen([sys.executable, *arguments], env=env, process_group=0)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], run_dir: Path | None) -> None:
-    """Waits for all; after a first failure the rest get some time, then are ended."""
+def _wait(ranks: list[subprocess.Popen[bytes]], run_dir: Path | None, *, first: int) -> None:
+    """Waits for all; after a first failure the rest get some time, then are ended.
+
+    `first` is the number in the run that the first of them has.
+    """
     deadline: float | None = None
     while any(process.poll() is None for process in ranks):
         failure = _failure(ranks) if deadline is None else None
         if failure is not None:
             status = ranks[failure[0]].returncode
             if status < 0 and run_dir is not None and run_dir.is_dir():
-                _write_down(run_dir, failure[0], -status)
+                _write_down(run_dir, first + failure[0], -status)
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None:
             for process in ranks:

@@ -20,6 +20,9 @@ SITE_FILES = ("site.yaml", "slurm/site.yaml")
 """Where a site file is looked for, from the current folder, if none is given."""
 # A directive's word is cut at blanks, and `%` means something in the names of log files.
 _WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,:=/@+*\[\]()|&-]*$"
+# Names of Kubernetes: a DNS label, and a name that may have a domain before a slash.
+_LABEL = r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"
+_QUALIFIED = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
 
 
 class MountPoint(Section):
@@ -84,8 +87,65 @@ class SlurmSite(Section):
         return extra
 
 
+class Claim(Section):
+    """A PersistentVolumeClaim that pods see."""
+
+    name: str = Field(pattern=_LABEL)
+    """Name of the claim, which somebody made in the namespace."""
+    target: str = Field(pattern=r"^/[^\x00:,]*$")
+    """Absolute path in the pod."""
+    read_only: bool = False
+    """Whether pods may not write there."""
+
+
 class KubernetesSite(Section):
     """What Kubernetes asks for here."""
+
+    namespace: str = Field(default="jepa", pattern=_LABEL)
+    """Namespace of everything that is rendered."""
+    kind: Literal["jobset", "job", "trainjob", "rayjob"] = "jobset"
+    """Object that trains: a JobSet, an Indexed Job with a headless Service where there are no
+    custom resources, Kubeflow's TrainJob, or Ray Train in a RayJob."""
+    queue: str | None = Field(default=None, pattern=_LABEL)
+    """Kueue's LocalQueue; null leaves Kueue out, and nobody admits all pods or none."""
+    priority: str | None = Field(default=None, pattern=_LABEL)
+    """Kueue's WorkloadPriorityClass."""
+    topology: str | None = Field(default=None, pattern=_QUALIFIED)
+    """Level of topology that pods should share, such as cloud.provider.com/topology-rack."""
+    topology_required: bool = False
+    """Whether they must share it, or else wait."""
+    gpu_resource: str = Field(default="nvidia.com/gpu", pattern=_QUALIFIED)
+    """What the device plug-in calls a GPU."""
+    resources: dict[str, str] = Field(default_factory=dict)
+    """Further resources of each pod, such as rdma/hca: "8"."""
+    claims: tuple[Claim, ...] = Field(default=(), strict=False)
+    """Volumes for data and runs; the runs' folder must be one that all pods can write to."""
+    work_dir: str = Field(default="/data", pattern=r"^/[^\x00:,]*$")
+    """Current folder of the pods, where relative paths of a configuration begin."""
+    shm_gib: int = Field(default=64, ge=1)
+    """Size of /dev/shm, which is memory of the pod: loader workers and NCCL use it."""
+    scratch_gib: int = Field(default=200, ge=1)
+    """Size of the node's own disk that a pod may fill."""
+    secrets: tuple[str, ...] = ()
+    """Secrets whose keys become variables, such as AWS_ACCESS_KEY_ID; named here, kept there."""
+    pull_secret: str | None = Field(default=None, pattern=_LABEL)
+    """Secret that the image is pulled with."""
+    user_id: int = Field(default=10001, ge=1)
+    """User and group that everything runs as; the one of the Dockerfile."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that nodes must have, where Kueue's flavors do not say so."""
+    tolerated: tuple[str, ...] = ()
+    """Keys of the nodes' taints that pods accept, where Kueue's flavors do not say so."""
+    port: int = Field(default=29500, ge=1024, le=65000)
+    """Port of the first pod where the ranks meet; pods have addresses of their own."""
+    wait_seconds: int = Field(default=600, ge=1)
+    """How long a pod waits for the name of the first one."""
+    check_seconds: int = Field(default=300, ge=5)
+    """Limit of the checks before training; images do not reach all nodes at the same time."""
+    max_restarts: int = Field(default=20, ge=0)
+    """Restarts of all pods that are counted; disruptions are not."""
+    keep_seconds: int = Field(default=604800, ge=0)
+    """How long an ended job, and its pods' logs, stay."""
 
 
 class RaySite(Section):

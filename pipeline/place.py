@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.errors import UsageError
+from pipeline.errors import ConfigError, UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Slurm hands out no port: one derived from the job id differs between jobs that share a node.
@@ -16,6 +16,7 @@ _FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20_000, 20_000
 # What other launchers tell their processes; with those alone each would believe to be the only one.
 _FOREIGN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _HOST_WORD = re.compile(r"([^\[\],]*)(?:\[([0-9,\-]+)\]([^\[\],]*))?(?:,|$)")
+_MANIFEST = "Render the job again with `jepa launch k8s --print`; its Job must be Indexed."
 _SOMETHING = "Start the ranks with torchrun, srun or `jepa train --ranks N`."
 
 
@@ -36,6 +37,53 @@ class Launch:
     """True if torchrun's agent already serves the store at the master's address."""
     hosts: tuple[str, ...] = ()
     """The host of every rank, where the launcher tells."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A machine's place among those that each start their own ranks, as pods do."""
+
+    rank: int
+    count: int
+    num_ranks: int
+    """Ranks of every machine."""
+    master_address: str
+    master_port: int
+
+
+def node_of(env: Mapping[str, str]) -> Node:
+    """The place of a pod, as an Indexed Job, a JobSet or a TrainJob tells it.
+
+    JEPA_NODES, JEPA_RANKS_PER_NODE, MASTER_ADDR and MASTER_PORT are our manifests' own words; the
+    index is the Job controller's, and PET_… are Kubeflow's.
+
+    Raises:
+        ConfigError: Something is missing or impossible; no pod may believe to be the only one.
+    """
+    said = [word for word in (env.get("JOB_COMPLETION_INDEX"), env.get("PET_NODE_RANK")) if word]
+    if len(set(said)) > 1:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX {said[0]} contradicts PET_NODE_RANK {said[1]}: this pod cannot "
+            "tell which node it is",
+            remedy=_MANIFEST,
+        )
+    node = Node(
+        rank=_told(env, "JOB_COMPLETION_INDEX", "PET_NODE_RANK"),
+        count=_told(env, "JEPA_NODES", "PET_NNODES"),
+        num_ranks=_told(env, "JEPA_RANKS_PER_NODE", "PET_NPROC_PER_NODE"),
+        master_address=env.get("MASTER_ADDR") or env.get("PET_MASTER_ADDR") or "",
+        master_port=_told(env, "MASTER_PORT", "PET_MASTER_PORT"),
+    )
+    if not 0 <= node.rank < node.count or node.num_ranks < 1:
+        raise ConfigError(
+            f"node {node.rank} with {node.num_ranks} ranks does not exist among {node.count} nodes",
+            remedy=_MANIFEST,
+        )
+    if not node.master_address:
+        raise ConfigError(
+            "expected the first pod's name in MASTER_ADDR, got none", remedy=_MANIFEST
+        )
+    return node
 
 
 def place_of(env: Mapping[str, str]) -> Launch:
@@ -199,6 +247,15 @@ def _tasks_per_node(words: str) -> list[int]:
             raise UsageError(f"Cannot read SLURM_STEP_TASKS_PER_NODE {words!r}.")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def _told(env: Mapping[str, str], ours: str, theirs: str) -> int:
+    word = env.get(ours) or env.get(theirs) or ""
+    if not word.isascii() or not word.isdigit():
+        raise ConfigError(
+            f"expected a whole number in {ours} (or {theirs}), got {word!r}", remedy=_MANIFEST
+        )
+    return int(word)
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
