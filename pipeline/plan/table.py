@@ -35,11 +35,11 @@ def render(plan: RunPlan) -> Iterator[RenderableType]:
     machine = plan.machine
     yield (
         f"\n{_gpus(machine.num_gpus)} at {machine.utilisation:.0%} of {machine.peak_tflops:g} "
-        f"TFLOP/s each: {duration(plan.wall_hours)}, {_hours(plan.gpu_hours)} GPU-hours."
+        f"TFLOP/s each: {duration(plan.wall_hours)}, {hours_text(plan.gpu_hours)} GPU-hours."
     )
     yield (
         f"Every step at the size of the last stage, {escape(plan.stages[-1].name)}, would take "
-        f"{plan.ratio_to_last_size:.1f} times that: {_hours(plan.gpu_hours_at_last_size)} "
+        f"{plan.ratio_to_last_size:.1f} times that: {hours_text(plan.gpu_hours_at_last_size)} "
         "GPU-hours."
     )
     for warning in plan.warnings:
@@ -68,7 +68,7 @@ def duration(hours: float) -> str:
 
 
 def _clips(plan: RunPlan) -> Table:
-    table = _table("stage", "steps", "frames", "fps", "pixels", "tokens/clip", "clips", "tokens")
+    table = new_table("stage", "steps", "frames", "fps", "pixels", "tokens/clip", "clips", "tokens")
     for stage in plan.stages:
         table.add_row(
             escape(stage.name),
@@ -86,7 +86,7 @@ def _clips(plan: RunPlan) -> Table:
 
 
 def _masks(plan: RunPlan) -> Table:
-    table = _table("stage", "mask", "context", "share", "target", "share")
+    table = new_table("stage", "mask", "context", "share", "target", "share")
     for stage in plan.stages:
         for number, mask in enumerate(stage.masks):
             table.add_row(
@@ -101,24 +101,26 @@ def _masks(plan: RunPlan) -> Table:
 
 
 def _compute(plan: RunPlan) -> Table:
-    table = _table("stage", "FLOP/clip", "FLOP", "share", "GPU-hours", "time")
+    table = new_table("stage", "FLOP/clip", "FLOP", "share", "GPU-hours", "time")
     for stage in plan.stages:
         table.add_row(
             escape(stage.name),
             si(stage.flops_per_clip),
             si(stage.flops),
             f"{stage.flops / plan.flops:.0%}",
-            _hours(stage.gpu_hours),
+            hours_text(stage.gpu_hours),
             duration(stage.wall_hours),
         )
     table.add_section()
-    total = (_hours(plan.gpu_hours), duration(plan.wall_hours))
+    total = (hours_text(plan.gpu_hours), duration(plan.wall_hours))
     table.add_row("total", "", si(plan.flops), "100%", *total)
     return table
 
 
 def _memory(plan: RunPlan) -> Table:
-    table = _table("stage", "clips", "repeats", "states", "buffers", "kept", "recomputed", "total")
+    table = new_table(
+        "stage", "clips", "repeats", "states", "buffers", "kept", "recomputed", "total"
+    )
     for stage in plan.stages:
         table.add_row(escape(stage.name), *_memory_cells(stage))
     return table
@@ -137,7 +139,8 @@ def _memory_cells(stage: StagePlan) -> tuple[str, ...]:
     return (*counts, *(f"{value:,.1f}" if value >= 0.1 else f"{value:.3f}" for value in values))
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
+    """A plain table whose columns but the first are numbers."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:
@@ -145,7 +148,8 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _hours(value: float) -> str:
+def hours_text(value: float) -> str:
+    """Hours with as many digits as mean something."""
     if value < 0.01:
         return "<0.01"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

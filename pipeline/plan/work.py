@@ -72,8 +72,15 @@ def mean_flops(config: RunConfig, grid: Grid, drawn: Sequence[Sequence[KeptToken
     return float(np.mean([config.objective.training_flops(grid, clip) for clip in clips]))
 
 
-def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTokens]]:
+def sample_kept_tokens(
+    config: RunConfig, stage_index: int, most: int = _SAMPLED_MICRO_BATCHES
+) -> list[list[KeptTokens]]:
     """What each mask keeps, in evenly spread micro-batches of a stage; [micro-batch][mask].
+
+    Args:
+        config: The run.
+        stage_index: Which of its stages.
+        most: Micro-batches that are drawn at most.
 
     Raises:
         ConfigError: A mask does not fit the stage's grid.
@@ -84,7 +91,7 @@ def sample_kept_tokens(config: RunConfig, stage_index: int) -> list[list[KeptTok
     check_masks(masks.blocks, grid)
     first = total_steps(config.stages[:stage_index]) * config.global_batch
     num_micro_batches = stage.steps * config.global_batch // stage.micro_batch
-    num_taken = min(num_micro_batches, _SAMPLED_MICRO_BATCHES)
+    num_taken = min(num_micro_batches, most)
     drawn = []
     for number in np.linspace(0, num_micro_batches - 1, num_taken, dtype=np.int64).tolist():
         start = first + number * stage.micro_batch
