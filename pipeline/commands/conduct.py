@@ -11,9 +11,10 @@ from rich.console import Console
 
 from pipeline.cluster import confine_worker, local_ray
 from pipeline.commands import JsonFlag, print_json
-from pipeline.conduct.driver import Conductor, Summary, check_resources
+from pipeline.conduct.driver import Conductor, Summary, check_resources, is_idle, summed_up
 from pipeline.conduct.follow import Follow
 from pipeline.conduct.prepare import find_config, prepare_probes
+from pipeline.config.load import resolved_data
 from pipeline.errors import ExitCode, UsageError
 
 
@@ -55,13 +56,17 @@ def conduct(
     console = Console(stderr=True, highlight=False)
     follows = [Follow(run, settings, probes) for run in folders]
     try:
-        if retry:
-            for follow in follows:
+        for follow in follows:
+            follow.note("start", once=once, settings=resolved_data(settings))
+            if retry:
                 follow.note("retry", reason="--retry was given")
-        ours = settings.ray
-        with local_ray(ours.num_cpus, address, num_gpus=ours.num_gpus) as ray:
-            conductor = Conductor(follows, settings, ray, _teller(console))
-            summary = conductor.run(once=once)
+        if once and is_idle(follows):
+            summary = summed_up(follows, once=True)
+        else:
+            ours = settings.ray
+            with local_ray(ours.num_cpus, address, num_gpus=ours.num_gpus) as ray:
+                conductor = Conductor(follows, settings, ray, _teller(console))
+                summary = conductor.run(once=once)
     finally:
         for follow in follows:
             follow.close()
@@ -80,7 +85,9 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 def _words(summary: Summary) -> str:
     parts = [
-        f"{summary.stopped_by} was received" if summary.stopped_by else "Nothing is left to do"
+        f"{summary.stopped_by} was received"
+        if summary.stopped_by
+        else "Everything that can be done is done"
     ]
     if summary.num_open:
         parts.append(f"{summary.num_open} jobs are left for the next start")

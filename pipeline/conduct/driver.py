@@ -19,7 +19,6 @@ from pipeline.conduct.pool import Ended, Pool
 from pipeline.conduct.prepare import export_folder, export_request, probe_request
 from pipeline.conduct.settings import ConductConfig, Resources
 from pipeline.conduct.tasks import TaskNeeds
-from pipeline.config.load import resolved_data
 from pipeline.errors import ConfigError, StorageError
 from pipeline.track.lease import OwnerError
 
@@ -82,15 +81,13 @@ class Conductor:
             once: End when everything is done that can be now, whether or not runs go on.
         """
         with self._listening():
-            for follow in self._follows:
-                follow.note("start", once=once, settings=resolved_data(self._config))
             while not self._stop.is_set():
                 self._begin(self._ready(once=once))
                 self._judge(once=once)
                 if not self._wait() and (once or self._is_over()):
                     break
             self._pool.cancel()
-        return self._end(once=once)
+        return summed_up(self._follows, once=once, stopped_by=self._signal)
 
     def _ready(self, *, once: bool) -> list[tuple[Follow, Job]]:
         """What can begin now, the most urgent of every run first."""
@@ -197,17 +194,6 @@ class Conductor:
             return True
         return all(follow.is_finished and not follow.has_news for follow in self._follows)
 
-    def _end(self, *, once: bool) -> Summary:
-        num_open = sum(len(follow.open_jobs()) for follow in self._follows if follow.is_pending())
-        goes_on = not once and not all(follow.is_finished for follow in self._follows)
-        lost = sum(
-            len(follow.settled.given_up) + len(follow.settled.damaged) for follow in self._follows
-        )
-        why = f"{self._signal} was received" if self._signal else "everything is done"
-        for follow in self._follows:
-            follow.note("stop", reason=why, open_jobs=len(follow.open_jobs()))
-        return Summary(stopped_by=self._signal, num_open=num_open, num_lost=lost, goes_on=goes_on)
-
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """Takes the signals while it works; Ray has taken some of them before."""
@@ -223,6 +209,27 @@ class Conductor:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
         self._stop.set()
+
+
+def is_idle(follows: Sequence[Follow]) -> bool:
+    """Whether nothing at all is to be done now: then no Ray need be started to find that out."""
+    for follow in follows:
+        follow.look()
+    return not any(follow.is_pending() or follow.has_news for follow in follows)
+
+
+def summed_up(follows: Sequence[Follow], *, once: bool, stopped_by: str | None = None) -> Summary:
+    """How it ends, for the journals and for whoever started it."""
+    why = f"{stopped_by} was received" if stopped_by else "everything is done"
+    for follow in follows:
+        follow.note("stop", reason=why, open_jobs=len(follow.open_jobs()))
+    settled = [follow.settled for follow in follows]
+    return Summary(
+        stopped_by=stopped_by,
+        num_open=sum(len(follow.open_jobs()) for follow in follows if follow.is_pending()),
+        num_lost=sum(len(one.given_up) + len(one.damaged) for one in settled),
+        goes_on=not once and not all(follow.is_finished for follow in follows),
+    )
 
 
 def check_resources(config: ConductConfig) -> None:
