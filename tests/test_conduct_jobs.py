@@ -10,6 +10,7 @@ from pipeline.checkpoint.retain import pin, prune
 from pipeline.checkpoint.wishes import WISHES_FILE, Wishes, read_wishes, write_wishes
 from pipeline.cli import main
 from pipeline.conduct.driver import check_resources
+from pipeline.conduct.follow import Follow
 from pipeline.conduct.jobs import (
     Job,
     Settled,
@@ -25,8 +26,9 @@ from pipeline.conduct.retention import remove_unwanted, wishes_of
 from pipeline.conduct.settings import ConductConfig, RetentionConfig
 from pipeline.config.load import SHIPPED_CONFIGS
 from pipeline.errors import ConfigError
+from pipeline.track.folder import update_run_info
 from pipeline.track.journal import JournalEntry
-from pipeline.track.lease import acquire
+from pipeline.track.lease import OwnerError, acquire
 from tests.probe_data import write_run
 
 LAST_TWO = CheckpointConfig(keep_last=2)
@@ -91,6 +93,9 @@ def test_every_job_is_done_once_after_verifying_and_those_due_alone(run):
     for job in done:
         first = next(i for i, j in enumerate(done) if j.step == job.step)
         assert done[first].kind == "verify"
+    scored = Settled(done=settled.done - {j.key for j in done if j.kind == "record"})
+    scored.steps = settled.steps
+    assert [j.step for j in open_jobs([], wanted(), scored, is_finished=True)] == [0, 10, 20, 30]
     last = open_now(run, wanted(), settled, is_finished=True)
     assert {(job.kind, job.step) for job in last} == {("export", 30)}
 
@@ -200,6 +205,19 @@ def test_a_resume_waits_for_the_moment_of_a_removal_instead_of_being_refused(run
     mine = acquire(run)
     assert mine.token == brief.token + 1
     mine.release()
+
+
+def test_a_run_has_one_conductor_and_the_next_may_come_when_it_has_gone(run):
+    update_run_info(run, {"run_id": "r"})
+    first = Follow(run, ConductConfig(), {})
+    with pytest.raises(OwnerError, match="its conductor is in use by another job") as raised:
+        Follow(run, ConductConfig(), {})
+    assert "One conductor follows a run" in raised.value.remedy
+    first.close()
+    second = Follow(run, ConductConfig(), {})
+    assert [job.kind for job in second.look()] == ["verify"] * 4
+    second.close()
+    assert not (run / "lease").exists()
 
 
 def test_the_shipped_example_is_strict_and_its_tasks_are_there(tmp_path):

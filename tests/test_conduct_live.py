@@ -18,6 +18,7 @@ from pipeline.checkpoint.layout import list_commits
 from pipeline.checkpoint.load import find_commit, verify
 from pipeline.checkpoint.mirror import restore
 from pipeline.checkpoint.store import CommitStore
+from pipeline.cluster import local_ray
 from pipeline.exchange.layout import read_exchange
 from pipeline.report.facts import gather
 from pipeline.track.folder import read_probes, update_run_info
@@ -72,8 +73,6 @@ def story(tmp_path_factory):
 
     first = story.conduct()
     story.wait_for_lines("done", 2)
-    second = story.conduct()  # two conductors of one run
-    story.note("second", second)
     first.send_signal(signal.SIGTERM)
     story.note("stopped", first)
 
@@ -163,8 +162,6 @@ def of_event(run, event):
 
 def test_training_came_to_its_end_and_every_conductor_ended_with_its_own_code(story):
     assert story.codes["training"] == 0, story.outputs["training"][-2000:]
-    assert story.codes["second"] == 2, story.outputs["second"][-2000:]
-    assert "its conductor is in use by another job" in story.outputs["second"]
     assert story.codes["stopped"] == 75, story.outputs["stopped"][-2000:]
     assert story.codes["killed"] == -signal.SIGKILL
     # 78: a checkpoint is damaged, so a person has to look.
@@ -273,3 +270,17 @@ def test_the_verdict_and_the_report_name_the_step_to_keep(story):
         story.outputs["again"][story.outputs["again"].index("{") :].rsplit("}", 1)[0] + "}"
     )
     assert (told["num_open"], told["num_lost"], told["stopped_by"]) == (0, 1, None)
+
+
+def test_a_cluster_that_runs_already_is_joined_and_left_running(tmp_path):
+    run = write_run(tmp_path, (0, 4))
+    update_run_info(run, {"run_id": "r"})
+    with local_ray(num_cpus=1, num_gpus=0) as ray:
+        address = ray.get_runtime_context().gcs_address
+        words = ("conduct", run, "--once", "--address", address)
+        code, output = finish(jepa(*words), LIMIT_SECONDS)
+        assert code == 0, output
+        assert ray.get(ray.remote(lambda: 3).remote()) == 3
+    assert {entry.step for entry in of_event(run, "done")} == {0, 4}
+    (verdict,) = of_event(run, "verdict")
+    assert verdict.details["keep"] == 4

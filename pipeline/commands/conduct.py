@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -35,9 +36,8 @@ def conduct(
 
     Args:
         runs: Folders of runs.
-        config: What to do (`jepa config schema` does not list it: see the shipped
-            configs/conduct/default.yaml); RUN/conduct.yaml if there is one run and it has that;
-            without either: verify, judge, report, retain.
+        config: What to do, as `jepa config schema --of conduct` lists it; RUN/conduct.yaml if there
+            is one run and it has that. Without either: verify, judge, report, retain.
         once: Do what there is to do now, then end.
         address: host:port of a Ray cluster to join, or `auto` for the one that this process was
             started in; without it a small Ray is started on this machine.
@@ -54,12 +54,15 @@ def conduct(
     # Before Ray starts, whose processes inherit it.
     confine_worker(nice=settings.nice, hide_gpus=False)
     console = Console(stderr=True, highlight=False)
-    follows = [Follow(run, settings, probes) for run in folders]
-    try:
-        for follow in follows:
+    with ExitStack() as opened:
+        follows = []
+        for run in folders:
+            follow = Follow(run, settings, probes)
+            opened.callback(follow.close)
             follow.note("start", once=once, settings=resolved_data(settings))
             if retry:
                 follow.note("retry", reason="--retry was given")
+            follows.append(follow)
         if once and is_idle(follows):
             summary = summed_up(follows, once=True)
         else:
@@ -67,9 +70,6 @@ def conduct(
             with local_ray(ours.num_cpus, address, num_gpus=ours.num_gpus) as ray:
                 conductor = Conductor(follows, settings, ray, _teller(console))
                 summary = conductor.run(once=once)
-    finally:
-        for follow in follows:
-            follow.close()
     if json:
         print_json({"runs": [str(run) for run in folders], **asdict(summary)})
     console.print(_words(summary), markup=False, soft_wrap=True)

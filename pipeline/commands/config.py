@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pipeline.commands import ConfigPath, JsonFlag, Overrides, print_json, print_text
 from pipeline.config.load import load_config
@@ -13,6 +14,7 @@ from pipeline.config.report import (
     show_data,
     show_text,
 )
+from pipeline.config.section import Section
 from pipeline.run import RunConfig
 
 
@@ -46,13 +48,27 @@ def diff(left: Path, right: Path, /, *, json: JsonFlag = False) -> None:
         print_text(diff_text(found, str(left), str(right)))
 
 
-def schema(*, json: JsonFlag = False) -> None:
+def schema(*, of: Literal["run", "probe", "conduct"] = "run", json: JsonFlag = False) -> None:
     """Every key a configuration can have: what it takes, its default and what it does.
 
     Args:
+        of: Whose file: that of a run, of a probe's task, or of the conductor.
         json: Print the JSON Schema, for editors.
     """
+    section = _section(of)
     if json:
-        print_json(schema_json(RunConfig))
+        print_json(schema_json(section))
     else:
-        print_text(schema_text(RunConfig))
+        print_text(schema_text(section))
+
+
+def _section(of: str) -> type[Section]:
+    if of == "probe":
+        from pipeline.probe.tasks import TaskConfig  # noqa: PLC0415 - only where it is asked for
+
+        return TaskConfig
+    if of == "conduct":
+        from pipeline.conduct.settings import ConductConfig  # noqa: PLC0415 - as above
+
+        return ConductConfig
+    return RunConfig

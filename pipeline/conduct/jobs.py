@@ -149,11 +149,10 @@ def jobs_of(seen: Seen, wanted: Wanted, *, is_last: bool) -> list[Job]:
         for name, version in wanted.probe_versions.items()
         if _is_due(wanted.probe_every[name], step, is_last=is_last)
     ]
-    for kind in _probe_kinds(wanted):
-        jobs += [
-            Job(kind=kind, step=step, mark=seen.mark, name=name, version=version)
-            for name, version in due
-        ]
+    jobs += [
+        Job(kind="probe", step=step, mark=seen.mark, name=name, version=version)
+        for name, version in due
+    ]
     return jobs
 
 
@@ -176,16 +175,14 @@ def open_jobs(
         for job in jobs_of(seen, wanted, is_last=is_finished and seen.step == last)
         if not _is_in_vain(job, settled)
     ]
-    both = [*of_commits, *_mirrored_in_vain(commits, wanted, settled)]
-    return [job for job in both if not settled.is_settled(job)]
+    others = [*_unrecorded(wanted, settled), *_mirrored_in_vain(commits, wanted, settled)]
+    return [job for job in [*of_commits, *others] if not settled.is_settled(job)]
 
 
 def can_begin(job: Job, settled: Settled) -> bool:
     """Whether what a job needs has been done: nothing is read before it is verified."""
-    if job.kind in ("verify", "unmirror"):
+    if job.kind in ("verify", "record", "unmirror"):
         return True
-    if job.kind == "record":
-        return _before(job, "probe").key in settled.done
     return Job(kind="verify", step=job.step, mark=job.mark).key in settled.done
 
 
@@ -199,19 +196,25 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _probe_kinds(wanted: Wanted) -> tuple[Kind, ...]:
-    return ("probe", "record") if wanted.config.mlflow and wanted.is_tracked else ("probe",)
-
-
 def _is_due(every: int | None, step: int, *, is_last: bool) -> bool:
     return every is None or step % every == 0 or is_last
 
 
 def _is_in_vain(job: Job, settled: Settled) -> bool:
-    """Whether what the job needs was given up."""
-    if Job(kind="verify", step=job.step, mark=job.mark).key in settled.given_up:
-        return job.kind != "verify"
-    return job.kind == "record" and _before(job, "probe").key in settled.given_up
+    """Whether the verifying that the job needs was given up."""
+    verify = Job(kind="verify", step=job.step, mark=job.mark)
+    return job.kind != "verify" and verify.key in settled.given_up
+
+
+def _unrecorded(wanted: Wanted, settled: Settled) -> Iterable[Job]:
+    """What MLflow is to be told of; the scores outlive their checkpoints."""
+    if not (wanted.config.mlflow and wanted.is_tracked):
+        return
+    for mark, step in settled.steps.items():
+        for name, version in wanted.probe_versions.items():
+            told = {"step": step, "mark": mark, "name": name, "version": version}
+            if Job(kind="probe", **told).key in settled.done:
+                yield Job(kind="record", **told)
 
 
 def _mirrored_in_vain(commits: Sequence[Seen], wanted: Wanted, settled: Settled) -> Iterable[Job]:
@@ -230,7 +233,3 @@ def _mirrored_in_vain(commits: Sequence[Seen], wanted: Wanted, settled: Settled)
 
 def _mirrored(mark: str, step: int, version: str) -> str:
     return Job(kind="mirror", step=step, mark=mark, version=version).key
-
-
-def _before(job: Job, kind: Kind) -> Job:
-    return Job(kind=kind, step=job.step, mark=job.mark, name=job.name, version=job.version)
