@@ -64,6 +64,16 @@ VERBS = (
         help="Submit a run, or work beside one, to Slurm.",
     ),
     Verb(
+        words="launch k8s",
+        function="launch.k8s_commands:k8s",
+        help="Submit a run, or work beside one, to Kubernetes.",
+    ),
+    Verb(
+        words="launch ray",
+        function="launch.ray:ray",
+        help="Train under Ray Train, here or on a running cluster.",
+    ),
+    Verb(
         words="launch local",
         function="launch.commands:local",
         help="Train on this machine, one rank for each GPU.",

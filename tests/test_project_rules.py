@@ -25,7 +25,7 @@ IMPORTERS = {
         *("pipeline/track/mlflow_upload.py", "pipeline/track/mlflow_nested.py"),
         "pipeline/track/mlflow_points.py",
     ),
-    "ray": ("pipeline/cluster.py", "pipeline/conduct/", "data_prep/"),
+    "ray": ("pipeline/cluster.py", "launch/ray.py", "pipeline/conduct/", "data_prep/"),
     "torchvision": ("pipeline/data/augment.py",),
     "webdataset": ("pipeline/data/stream.py", "pipeline/data/worker_imports.py", "data_prep/"),
     "av": ("pipeline/data/media.py", "data_prep/"),
