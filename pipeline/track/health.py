@@ -74,6 +74,11 @@ class HealthWatch:
         self._measured: deque[StepReport] = deque(maxlen=_KEPT)
         self._state: State = "watch"
 
+    @property
+    def state(self) -> State:
+        """The newest verdict; to be watched until there are measurements enough."""
+        return self._state
+
     def watch(self, report: StepReport) -> list[str]:
         """Takes in a step.
 

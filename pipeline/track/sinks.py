@@ -30,6 +30,7 @@ from pipeline.track.metrics import (
     TrackConfig,
 )
 from pipeline.track.mlflow_sink import MlflowSink
+from pipeline.track.prometheus import PrometheusEndpoint
 
 
 class Tracker:
@@ -64,6 +65,8 @@ class Tracker:
         self._metrics: JsonLinesWriter | None = None
         self._events: JsonLinesWriter | None = None
         self._mlflow: MlflowSink | None = None
+        self._prometheus: PrometheusEndpoint | None = None
+        self._num_steps = sum(stage.steps for stage in plan)
         self._run_dir = Path()
 
     def start(self, run_dir: Path, config_yaml: str, *, resume: bool) -> None:
@@ -95,6 +98,11 @@ class Tracker:
                 self._record_ledger()
             self._mlflow = MlflowSink(self._config, run_dir, run_id=self._mlflow_run_id)
             self._pass_on(self._mlflow.start())
+        if self._config.prometheus.enabled:
+            self._prometheus = PrometheusEndpoint(
+                self._config.prometheus, run=run_dir.name, num_steps=self._num_steps
+            )
+            self._prometheus.start()
 
     def log(self, report: StepReport) -> None:
         """Records one optimiser step; returns when it is in metrics.jsonl.
@@ -109,6 +117,9 @@ class Tracker:
         self._console.log(step)
         if self._mlflow is not None:
             self._pass_on(self._mlflow.poll())
+        if self._prometheus is not None:
+            self._prometheus.log(report)
+            self._pass_on(self._prometheus.take_trouble())
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Records something that happened; `step` is the field that says when.
@@ -120,6 +131,8 @@ class Tracker:
             return
         now = time.time()
         self._events.write({"time": now, "event": name, **fields})
+        if self._prometheus is not None:
+            self._prometheus.event(name, fields)
         details = {key: value for key, value in fields.items() if key != "step"}
         step = fields.get("step")
         self._console.event(Event(time=now, name=name, step=step, details=details))
@@ -141,6 +154,8 @@ class Tracker:
         self._metrics.close()
         self._events.close()
         self._metrics = self._events = None
+        if self._prometheus is not None:
+            self._prometheus.close()
         if self._mlflow is not None:
             self._record_ledger()
             self._pass_on(self._mlflow.close(status))
