@@ -21,6 +21,12 @@ class BadReason(StrEnum):
     DAMAGED = "damaged"
     MISSING_MEMBER = "missing member"
     DECODER_KILLED = "decoder killed"
+    BLACK = "black"
+    STILL = "still"
+    LITTLE_MOTION = "too little motion"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near duplicate"
+    NO_VIDEO_NAME = "not a video by its name"
 
 
 class BadMediaError(Exception):

@@ -107,9 +107,19 @@ def decode_frames(
 
 
 def probe_media(
-    source: bytes | Path, limits: DecodeLimits, *, decode_everything: bool = False
+    source: bytes | Path,
+    limits: DecodeLimits,
+    *,
+    decode_everything: bool = False,
+    on_frame: Callable[[TimedFrame], None] | None = None,
 ) -> MediaInfo:
     """Finds out what a video is; with `decode_everything` whether all of it decodes, too.
+
+    Args:
+        source: The file, or its bytes.
+        limits: What the decode may cost.
+        decode_everything: Decode more than the first frame.
+        on_frame: Told every frame that decodes, in the order of presentation.
 
     Raises:
         BadMediaError: The video is refused, or not even its first frame decodes.
@@ -121,11 +131,14 @@ def probe_media(
             raise BadMediaError(BadReason.UNDECODABLE, "no frame in the video stream")
         times, keyframes = [first.seconds], [0]
         partial = None
+        look = on_frame or _look_away
+        look(first)
         try:
             for timed in frames if decode_everything else ():
                 if timed.frame.key_frame:
                     keyframes.append(len(times))
                 times.append(timed.seconds)
+                look(timed)
         except BadMediaError as error:
             partial = str(error)
         found = _Found(
@@ -134,6 +147,10 @@ def probe_media(
             partial=partial,
         )
         return _describe(reader, first.frame, found)
+
+
+def _look_away(timed: TimedFrame) -> None:
+    """Nobody asked to see the frames."""
 
 
 def _pick(
@@ -223,6 +240,10 @@ def _describe(reader: MediaReader, first: VideoFrame, found: _Found) -> MediaInf
         max_gop_frames=max(np.diff(keyframes).tolist(), default=0),
         partial=found.partial,
     )
+
+
+def _nobody(_: TimedFrame) -> None:
+    """Where no one asked to see the frames."""
 
 
 def _frame_distance(times: np.ndarray) -> tuple[float, bool]:
