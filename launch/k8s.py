@@ -10,7 +10,7 @@ survivors of a crash end with as well, and a crash must be counted.
 """
 
 from launch.job import JobSpec
-from launch.k8s_pods import config_map, config_name, pod_spec, train_command
+from launch.k8s_pods import config_map, labels, pod_spec, train_command
 from launch.k8s_rayjob import ray_jobs
 from launch.k8s_text import Object, object_name, to_yaml, variables
 from launch.site import KubernetesSite, Site
@@ -38,16 +38,16 @@ def objects(job: JobSpec, site: Site) -> list[Object]:
     if job.kind != "train" or kind == "rayjob":
         made = ray_jobs(job, site, name)
     elif kind == "jobset":
-        made = [config_map(job, config_name(name)), job_set(job, site, name)]
+        made = [config_map(job, name), job_set(job, site, name)]
     elif kind == "job":
-        made = [config_map(job, config_name(name)), _service(name), _indexed_job(job, site, name)]
+        made = [config_map(job, name), _service(name), _indexed_job(job, site, name)]
     else:
-        made = [config_map(job, config_name(name)), *_train_job(job, site, name)]
+        made = [config_map(job, name), *_train_job(job, site, name)]
     made += [_network_policy(one) for one in made if one["kind"] in _RUNNING]
     for one in made:
         metadata = one["metadata"]
-        labels = {**_labels(metadata["name"]), **_queued(one, site.k8s)}
-        one["metadata"] = {**metadata, "namespace": site.k8s.namespace, "labels": labels}
+        told = {**labels(metadata["name"]), **metadata.get("labels", {}), **_queued(one, site.k8s)}
+        one["metadata"] = {**metadata, "namespace": site.k8s.namespace, "labels": told}
     return made
 
 
@@ -153,7 +153,7 @@ def _service(name: str) -> Object:
             "clusterIP": "None",
             # Pods have to find each other before any of them is ready.
             "publishNotReadyAddresses": True,
-            "selector": _labels(name),
+            "selector": labels(name),
         },
     }
 
@@ -208,7 +208,7 @@ def _train_pod(job: JobSpec, site: Site, name: str, *, first: str | None) -> Obj
         _must_be_free(job, place)
         (main,) = spec["containers"]
         main["env"] = [*variables(place), *main["env"]]
-    metadata: Object = {"labels": _labels(name)}
+    metadata: Object = {"labels": labels(name)}
     if site.k8s.topology:
         how = "required" if site.k8s.topology_required else "preferred"
         metadata["annotations"] = {f"kueue.x-k8s.io/podset-{how}-topology": site.k8s.topology}
@@ -224,10 +224,6 @@ def _must_be_free(job: JobSpec, place: dict[str, str]) -> None:
         )
 
 
-def _labels(name: str) -> Object:
-    return {"app.kubernetes.io/name": "jepa", "app.kubernetes.io/instance": name}
-
-
 def _queued(one: Object, k8s: KubernetesSite) -> Object:
     """Kueue's labels belong on what it suspends and admits."""
     if one["kind"] not in _RUNNING or not k8s.queue:
@@ -238,7 +234,7 @@ def _queued(one: Object, k8s: KubernetesSite) -> Object:
 def _network_policy(one: Object) -> Object:
     """Ranks and Ray's processes run what reaches their ports, so only this job's pods may."""
     name, on_ray = one["metadata"]["name"], one["kind"] == "RayJob"
-    own = {"from": [{"podSelector": {"matchLabels": _labels(name)}}]}
+    own = {"from": [{"podSelector": {"matchLabels": labels(name)}}]}
     # KubeRay's operator submits the job by the head's dashboard, with the cluster's token.
     operator = {
         "from": [
@@ -254,7 +250,7 @@ def _network_policy(one: Object) -> Object:
         "kind": "NetworkPolicy",
         "metadata": {"name": name},
         "spec": {
-            "podSelector": {"matchLabels": _labels(name)},
+            "podSelector": {"matchLabels": labels(name)},
             "policyTypes": ["Ingress"],
             "ingress": [own, *([operator] if on_ray else [])],
         },

@@ -80,7 +80,7 @@ def restricted() -> Object:
 
 
 def config_map(job: JobSpec, name: str, words: list[str] | None = None) -> Object:
-    """What the pods read: the frozen configuration, or the words of a job on Ray.
+    """What the pods of job `name` read: the frozen configuration, or the words of a job on Ray.
 
     Raises:
         UsageError: It is larger than an object may be.
@@ -96,9 +96,14 @@ def config_map(job: JobSpec, name: str, words: list[str] | None = None) -> Objec
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": name},
+        "metadata": {"name": config_name(name), "labels": labels(name)},
         "data": data,
     }
+
+
+def labels(name: str) -> Object:
+    """What all objects and pods of a job have in common, and select each other by."""
+    return {"app.kubernetes.io/name": "jepa", "app.kubernetes.io/instance": name}
 
 
 def config_name(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 
 from launch.job import EACH, JobSpec
-from launch.k8s_pods import CONFIG_DIR, config_map, config_name, pod_spec, restricted, words_inside
+from launch.k8s_pods import CONFIG_DIR, config_map, labels, pod_spec, restricted, words_inside
 from launch.k8s_text import Object, object_name
 from launch.site import Site
 
@@ -37,7 +37,7 @@ def _one(job: JobSpec, site: Site, name: str) -> list[Object]:
         gpus = [] if job.gpus_per_node else ["--cpus-only"]
         overrides = [word for word in words[1:] if not word.startswith("-")]
         words = ["launch", "ray", *overrides, "--ranks", str(ranks), "--address", "auto", *gpus]
-    return [config_map(job, config_name(name), words), _ray_job(job, site, name)]
+    return [config_map(job, name, words), _ray_job(job, site, name)]
 
 
 def _joins_ray(words: list[str]) -> bool:
@@ -73,7 +73,10 @@ def _ray_job(job: JobSpec, site: Site, name: str) -> Object:
         "spec": {
             "entrypoint": f"{site.python} -m launch.k8s_entry {CONFIG_DIR}/words.json",
             "submissionMode": "K8sJobMode",
-            "submitterPodTemplate": {"metadata": _metadata(name), "spec": _submitter(job, site)},
+            "submitterPodTemplate": {
+                "metadata": {"labels": labels(name)},
+                "spec": _submitter(job, site),
+            },
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": min(3600, site.k8s.keep_seconds),
             "activeDeadlineSeconds": job.time_limit_seconds,
@@ -93,7 +96,7 @@ def _pod(job: JobSpec, site: Site, name: str, container: str) -> Object:
     spec = pod_spec(job, site, container=container, command=[])
     (main,) = spec["containers"]
     del main["command"]  # `ray start`, from the operator
-    return {"metadata": _metadata(name), "spec": spec}
+    return {"metadata": {"labels": labels(name)}, "spec": spec}
 
 
 def _submitter(job: JobSpec, site: Site) -> Object:
@@ -114,7 +117,3 @@ def _submitter(job: JobSpec, site: Site) -> Object:
     ]
     spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] == "tmp"]
     return spec
-
-
-def _metadata(name: str) -> Object:
-    return {"labels": {"app.kubernetes.io/name": "jepa", "app.kubernetes.io/instance": name}}

@@ -64,6 +64,7 @@ def submit(job: JobSpec, made: Sequence[Object], text: str) -> Submitted:
         StorageError: The run's folder cannot be written to.
     """
     _must_have_kubectl()
+    _must_be_new(main_object(list(made)))
     folder = job.run_dir or job.work_dir
     path = folder / "jobs" / f"{job.name}-{job.kind}.k8s.yaml"
     try:
@@ -117,6 +118,19 @@ def _must_have_kubectl() -> None:
         raise UsageError(
             "kubectl is not on this machine, so nothing can be submitted from here",
             remedy="Install it, or add --print and apply the file elsewhere.",
+        )
+
+
+def _must_be_new(main: Object) -> None:
+    """Applied to an ended job of the same name, the same objects would change and start nothing."""
+    where = ["--namespace", main["metadata"]["namespace"]]
+    name = f"{main['kind'].lower()}/{main['metadata']['name']}"
+    found = _kubectl(["get", name, *where, "--ignore-not-found", "--output", "name"])
+    if found.strip():
+        raise UsageError(
+            f"{name} is already there, running, paused or ended",
+            remedy=f"`kubectl {' '.join(where)} delete {name}` first; the run's checkpoints stay, "
+            "and the new job continues from them.",
         )
 
 

@@ -154,6 +154,10 @@ def _fit(run: RunConfig, rank: RankWords, wish: RayWish, *, use_gpu: bool) -> in
     )
     run.run_dir.mkdir(parents=True, exist_ok=True)
     fitting, stop_file = _Fit(trainer.fit), run.run_dir / STOP_FILE
+    sys.stdout.write(
+        f"{wish.ranks} ranks under Ray Train; `jepa status {run.run_dir}` shows them\n"
+    )
+    sys.stdout.flush()
     with _told_to_stop() as told:
         fitting.start()
         while fitting.is_alive():
