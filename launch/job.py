@@ -45,8 +45,9 @@ class JobSpec:
     config_text: str | None = None
     """Its content, for schedulers whose nodes do not see `config_path`."""
     nodes: int = 1
-    min_nodes: int = 1
-    """Fewer machines than `nodes` are taken, down to this number, if no more can be had."""
+    min_nodes: int | None = None
+    """Fewer machines than `nodes` are taken, down to this number, if no more can be had; None takes
+    no fewer."""
     node_counts: tuple[int, ...] = ()
     """Numbers of nodes that share the global batch evenly; empty if any number will do."""
     gpus_per_node: int = 0
@@ -73,10 +74,10 @@ class JobSpec:
         texts += [text for mount in self.mounts for text in (mount.source, mount.target)]
         if any("\0" in text for text in texts):
             raise UsageError("expected texts without NUL characters in a job's words")
-        for unit in ("nodes", "min_nodes", "ranks_per_node", "cpus_per_rank", "grace_seconds"):
+        for unit in ("nodes", "least_nodes", "ranks_per_node", "cpus_per_rank", "grace_seconds"):
             if getattr(self, unit) < 1:
                 raise UsageError(f"expected {unit} of at least 1, got {getattr(self, unit)}")
-        if self.min_nodes > self.nodes:
+        if self.least_nodes > self.nodes:
             raise UsageError(f"expected at most {self.nodes} min_nodes, got {self.min_nodes}")
         if self.grace_seconds >= self.time_limit_seconds:
             raise UsageError(
@@ -84,6 +85,11 @@ class JobSpec:
                 f"{self.time_limit_seconds} s",
                 remedy="Give --time more, or set grace_seconds of the site file to less.",
             )
+
+    @property
+    def least_nodes(self) -> int:
+        """Fewest machines that it runs on."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
 
     @property
     def is_array(self) -> bool:

@@ -107,7 +107,7 @@ def _train_job(words: Sequence[str], request: Request, site: Site) -> JobSpec:
         config_path=frozen,
         config_text=text,
         node_counts=_node_counts(config, ranks, site.nodes, request.min_nodes or site.nodes),
-        min_nodes=request.min_nodes or site.nodes,
+        min_nodes=request.min_nodes,
         **_machines(site),
     )
 
@@ -137,7 +137,7 @@ def _side_job(words: Sequence[str], request: Request, site: Site) -> JobSpec:
         kind=request.kind,
         argv=argv,
         run_dir=Path.cwd() / folder,
-        min_nodes=request.min_nodes or nodes,
+        min_nodes=request.min_nodes,
         each=request.each,
         **{**_machines(site), "nodes": nodes},
     )

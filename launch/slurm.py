@@ -64,7 +64,7 @@ def quoted(text: str) -> str:
 def _directives(job: JobSpec, site: Site, after: Sequence[str]) -> list[str]:
     slurm = site.slurm
     tasks, cpus = _tasks_per_node(job, slurm), _cpus_per_task(job, slurm)
-    nodes = f"{job.min_nodes}-{job.nodes}" if job.min_nodes < job.nodes else str(job.nodes)
+    nodes = f"{job.least_nodes}-{job.nodes}" if job.least_nodes < job.nodes else str(job.nodes)
     options = [
         f"--job-name={job.name}",
         f"--nodes={nodes}",
