@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.checkpoint.layout import checkpoints_dir, commit_name
 from pipeline.checkpoint.load import verify as verify_commit
 from pipeline.commands import JsonFlag, print_json
+from pipeline.conduct.retention import CONDUCT_FOLDER, is_owned
 from pipeline.report.facts import RunFacts, gather
 from pipeline.report.head import state_sentence
 from pipeline.report.html import duration, moment, percent
@@ -21,6 +22,7 @@ from pipeline.report.probes import Comparison, compare, learning_sentence
 from pipeline.stages import place_of_step
 from pipeline.track.folder import MLFLOW_FILE, read_json_object
 from pipeline.track.jobs import ALIVE, present_jobs
+from pipeline.track.journal import journal_sentence, read_journal
 from pipeline.track.lease import look
 from pipeline.track.rewinds import read_rewinds
 
@@ -143,6 +145,10 @@ def _lines(facts: RunFacts, *, every_byte: bool) -> list[tuple[str, Text]]:
         ("advice", Text(f"{facts.verdict.todo} {facts.verdict.keep.sentence}")),
         ("probes", Text(learning_sentence(compare(facts.probes)))),
     ]
+    is_alive = is_owned(facts.run_dir / CONDUCT_FOLDER)
+    beside = journal_sentence(read_journal(facts.run_dir), is_alive=is_alive)
+    if beside:
+        lines.append(("conductor", Text(beside)))
     if facts.faults:
         last = facts.faults[-1]
         told = f"{len(facts.faults)} left out; the last, {last.get('key')}: {last.get('reason')}"

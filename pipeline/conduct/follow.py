@@ -17,7 +17,13 @@ from pipeline.conduct.jobs import (
     settled_from,
 )
 from pipeline.conduct.prepare import PreparedProbe, drop_export, export_folder
-from pipeline.conduct.retention import WishList, is_owned, remove_unwanted, wishes_of
+from pipeline.conduct.retention import (
+    CONDUCT_FOLDER,
+    WishList,
+    is_owned,
+    remove_unwanted,
+    wishes_of,
+)
 from pipeline.conduct.settings import ConductConfig
 from pipeline.config.load import load_config
 from pipeline.errors import ExitCode, JepaError, StorageError
@@ -41,7 +47,6 @@ from pipeline.track.probe_trend import best_steps
 
 # Trying again cannot help: the settings are wrong, or a person has to look.
 _HOPELESS = (ExitCode.CONFIG, ExitCode.USAGE)
-CONDUCT_FOLDER = "conduct"
 
 
 class Follow:

@@ -15,6 +15,8 @@ from pipeline.conduct.settings import RetentionConfig
 from pipeline.errors import StorageError
 from pipeline.track.lease import STALE_SECONDS, OwnerError, acquire, look
 
+CONDUCT_FOLDER = "conduct"
+"""Of a run's folder: the conductor's own lease, and its wishes."""
 _CONFIRM_SECONDS = 300.0
 
 
@@ -77,7 +79,10 @@ class WishList:
 
 
 def is_owned(run_dir: Path) -> bool:
-    """Whether a job may be writing the run's folder: then only it may remove checkpoints."""
+    """Whether a job may be writing the run's folder: then only it may remove checkpoints.
+
+    Of the folder `conduct` in it: whether a conductor follows the run.
+    """
     held = look(run_dir)
     if held is None or (held.owner is not None and held.owner.released):
         return False

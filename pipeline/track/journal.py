@@ -66,3 +66,22 @@ def damaged_steps(entries: tuple[JournalEntry, ...]) -> dict[int, str]:
         elif entry.event == "done":
             found.pop(entry.step, None)
     return found
+
+
+def journal_sentence(entries: tuple[JournalEntry, ...], *, is_alive: bool) -> str:
+    """What a journal comes to, in words; empty without a conductor.
+
+    Args:
+        entries: All of them.
+        is_alive: Whether a conductor follows the run now.
+    """
+    if not entries:
+        return ""
+    done = sum(entry.event == "done" for entry in entries)
+    last = entries[-1]
+    why = f"ended: {last.details.get('reason')}" if last.event == "stop" else "was killed"
+    parts = [f"{done} jobs done; {'at work' if is_alive else why}"]
+    finished = {entry.key for entry in entries if entry.event == "done"}
+    lost = {e.key: e for e in entries if e.event == "given_up" and e.key not in finished}
+    parts += [f"given up: {e.details.get('job')}: {e.details.get('reason')}" for e in lost.values()]
+    return "; ".join(parts)
