@@ -25,7 +25,12 @@ def to_rgb(
     converted = (reformatter or VideoReformatter()).reformat(
         frame, width=width, height=height, format="rgb24", threads=1
     )
-    return _oriented(converted.to_ndarray(), _display_matrix(frame))
+    return as_shown(converted.to_ndarray(), frame)
+
+
+def as_shown(picture_HWC: np.ndarray, frame: VideoFrame) -> np.ndarray:
+    """A frame's picture as stored, turned and mirrored as the frame wants to be shown."""
+    return _oriented(picture_HWC, _display_matrix(frame))
 
 
 def shown_size(frame: VideoFrame) -> tuple[int, int]:
