@@ -81,9 +81,9 @@ class ProbeSender:
         for score in run.scores:
             written = points(_values(score), score.written, run.step or 0)
             client.log_batch(made, metrics=list(written))
-        for name in sorted({score.name for score in run.scores}):
-            path = self._run_dir / PROBE_FOLDER / f"{name}.json"
-            if path.exists():
+        for path in sorted((self._run_dir / PROBE_FOLDER).glob("*.json")):
+            # A file holds one score, or all of a checkpoint and task, which begin with its name.
+            if any(score.name.startswith(path.stem) for score in run.scores):
                 client.log_artifact(made, str(path))
         # Last: without it, what a crash left half sent is sent again.
         client.set_tag(made, _DIGEST_TAG, run.digest)
