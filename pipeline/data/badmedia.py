@@ -21,6 +21,7 @@ class BadReason(StrEnum):
     DAMAGED = "damaged"
     MISSING_MEMBER = "missing member"
     DECODER_KILLED = "decoder killed"
+    LENGTHS_DISAGREE = "lengths disagree"
     BLACK = "black"
     STILL = "still"
     LITTLE_MOTION = "too little motion"
