@@ -50,7 +50,7 @@ def to_yaml(objects: Sequence[Object]) -> str:
     """YAML of several objects that old and new readers read alike.
 
     Raises:
-        UsageError: A text holds a character that YAML cannot carry.
+        UsageError: A text holds bytes that are no characters.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -58,23 +58,19 @@ def to_yaml(objects: Sequence[Object]) -> str:
     yaml.width = 10_000
     yaml.Representer = _Representer
     stream = io.StringIO()
-    try:
-        yaml.dump_all(objects, stream)
-    except UnicodeEncodeError as error:
-        raise UsageError(f"a text cannot be written: {error}") from error
-    text = stream.getvalue()
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(
-            "a file name or value is not text (it has bytes that are not UTF-8)",
-            remedy="Rename the file, or give the value without those bytes.",
-        )
-    return text
+    yaml.dump_all(objects, stream)
+    return stream.getvalue()
 
 
 class _Representer(SafeRepresenter):
     """Quotes what might be read as something else, and keeps lines of a file as lines."""
 
     def represent_text(self, data: str) -> ScalarNode:
+        if any("\ud800" <= character <= "\udfff" for character in data):
+            raise UsageError(
+                f"a file name or value is no text, it has bytes that are not UTF-8: {data!r}",
+                remedy="Rename the file, or give the value without those bytes.",
+            )
         style = "|" if _is_block(data) else None
         if style is None and (not _PLAIN.fullmatch(data) or data.lower() in _MEANT_OTHERWISE):
             style = '"'
