@@ -55,9 +55,13 @@ def test_json_holds_the_records_that_stand_in_the_runs_folder(folder, capsys):
     assert _probe(folder, "--head", "linear", "--seeds", "2", "--json") == 0
     records = json.loads(capsys.readouterr().out)["records"]
     assert [(record["step"], record["seed"]) for record in records] == [(20, 0), (20, 1)]
-    for record in records:
-        path = folder / f"run/probes/squares-step00000020-teacher-linear-seed{record['seed']}.json"
-        assert json.loads(path.read_text()) == record
+    told = json.loads((folder / "run/probes/squares-step00000020-teacher.json").read_text())
+    linear = [{**told, **score} for score in told["scores"] if score["head"] == "linear"]
+    for record, found in zip(records, linear, strict=True):
+        same = record.keys() - {"written"}
+        assert {key: found[key] for key in same} == {key: record[key] for key in same}
+    # The heads probed before stand beside them: encoder, task and settings are the same.
+    assert {score["head"] for score in told["scores"]} == {"attentive", "knn", "linear"}
     (shown, _) = [s for s in read_probes(folder / "run") if (s.head, s.step) == ("linear", 20)]
     assert (shown.task, shown.trained, shown.num_val) == ("squares", True, 6)
 

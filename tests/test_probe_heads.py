@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipeline.models.attentive import AttentivePooler, AttentiveProbe
 from pipeline.probe.features import CachedInputs
 from pipeline.probe.fit import FitPlan, Judge, fit_sweep
-from pipeline.probe.heads import AttentivePooler, AttentiveProbe, LinearProbe, knn_scores
+from pipeline.probe.heads import LinearProbe, knn_scores
 from pipeline.probe.scoring import HeadInputs, score_knn, score_sweep, split_heldout
 from pipeline.probe.tasks import KnnConfig, SweepConfig
 from tests.probe_data import ssv2_task
@@ -99,7 +100,7 @@ def test_linear_probe_ignores_scale_and_offset_of_features_and_those_that_never_
 def test_separable_features_score_full_marks_with_every_head():
     inputs = _clusters(separation=4.0)
     for score in _all_heads(inputs):
-        assert score.validation.top1 == 1.0
+        assert score.chosen.validation.accuracy.top1 == 1.0
 
 
 def test_labels_without_relation_to_features_score_about_chance_with_every_head():
@@ -111,7 +112,7 @@ def test_labels_without_relation_to_features_score_about_chance_with_every_head(
     ]
     wrong = HeadInputs(train=unrelated[0], validation=unrelated[1], device=CPU, autocast=None)
     for score in _all_heads(wrong):
-        assert score.validation.top1 == pytest.approx(0.25, abs=0.1)
+        assert score.chosen.validation.accuracy.top1 == pytest.approx(0.25, abs=0.1)
 
 
 def test_heads_of_a_sweep_learn_as_they_would_alone():
@@ -140,12 +141,17 @@ def test_choosing_on_heldout_clips_sees_validation_once_and_on_validation_takes_
         )
         for rule in ("heldout", "validation")
     }
-    assert "held out; validation seen once" in scores["heldout"].rule
+    assert [rule.name for rule in scores["heldout"].by_rule] == ["held-out", "best-on-validation"]
     best = scores["validation"]
-    assert best.validation.top1 == max(point["validation_top1"] for point in best.curve)
-    assert best.choice["epoch"] == 1 + [p["validation_top1"] for p in best.curve].index(
-        best.validation.top1
-    )
+    top1 = best.chosen.validation.accuracy.top1
+    assert top1 == max(point["validation_top1"] for point in best.curve)
+    assert best.chosen.choice["epoch"] == 1 + [p["validation_top1"] for p in best.curve].index(top1)
+    # One fit answers both questions: the rules differ in the order in which they are told.
+    told = {
+        name: {rule.name: rule.validation.accuracy for rule in score.by_rule}
+        for name, score in scores.items()
+    }
+    assert told["heldout"] == told["validation"]
 
 
 def _clusters(*, separation: float, num_val: int = 60):
@@ -188,7 +194,8 @@ def _fit(inputs, *, learning_rates):
     plan = FitPlan(
         train=inputs.train,
         order=torch.arange(160),
-        judge=Judge(inputs=inputs.validation, order=torch.arange(60)),
+        heldout=None,
+        validation=Judge(inputs=inputs.validation, order=torch.arange(60)),
         sweep=SweepConfig(learning_rates=learning_rates, epochs=3, batch=16),
         seed=0,
         device=CPU,

@@ -27,6 +27,7 @@ IMPORTERS = {
     ),
     "ray": ("pipeline/cluster.py", "launch/ray.py", "pipeline/conduct/", "data_prep/"),
     "torchvision": ("pipeline/data/augment.py",),
+    "PIL": ("pipeline/probe/stills.py", "data_prep/"),
     "webdataset": ("pipeline/data/stream.py", "pipeline/data/worker_imports.py", "data_prep/"),
     "av": ("pipeline/data/media.py", "data_prep/"),
     "transformers": ("pipeline/exchange/difference.py",),

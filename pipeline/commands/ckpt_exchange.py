@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.commands import JsonFlag, print_json
 from pipeline.errors import UsageError
+from pipeline.exchange.heads import read_head
 from pipeline.exchange.hf_import import read_hf
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.official import read_official
@@ -60,6 +61,9 @@ class ExportFlags:
     """Licence of the weights, for the card's front matter."""
     check: Annotated[bool, Parameter(negative="--no-check")] = True
     """Compare with transformers after an hf export, where it is installed."""
+    head: Path | None = None
+    """An attentive head to go with it (a file of `jepa probe --save-head`, for instance), which
+    makes an hf export a VJEPA2ForVideoClassification."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Replace an earlier export of this name."""
 
@@ -137,6 +141,7 @@ def export(
         force=asked.force,
         check=asked.check,
         license=asked.license,
+        head=None if asked.head is None else read_head(asked.head),
     )
     found = _reading(source, lambda: open_networks(source, asked.step))
     with _Shown("export") as report:
@@ -204,6 +209,7 @@ def _difference_words(exported: Exported, request: ExportRequest) -> str:
         return (
             f"transformers {found.transformers} loads it strictly; largest difference: encoder "
             f"{found.encoder:.2e}, predictor {found.predictor:.2e}"
+            + ("" if found.logits is None else f", logits {found.logits:.2e}")
         )
     if request.format == "hf" and request.check:
         return "not compared: transformers 5 or newer is not installed here"

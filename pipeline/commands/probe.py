@@ -1,6 +1,5 @@
 """`jepa probe`: what the frozen features of checkpoints are worth on a labelled task."""
 
-import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -11,25 +10,27 @@ from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.checkpoint.layout import list_commits, read_manifest
-from pipeline.checkpoint.load import commit_of_step
 from pipeline.cluster import local_ray
 from pipeline.commands import JsonFlag, Overrides, print_json
+from pipeline.commands.probe_subjects import subjects_of
 from pipeline.commands.probe_table import differences, render
+from pipeline.conduct.features import encode_on_workers
 from pipeline.conduct.tasks import TaskNeeds, run_as_task
 from pipeline.config.load import load_config
-from pipeline.errors import CheckpointError, UsageError
-from pipeline.exchange.hf_import import is_hf
-from pipeline.exchange.layout import is_exchange, read_exchange
+from pipeline.errors import UsageError
+from pipeline.exchange.heads import read_head
+from pipeline.exchange.open import open_networks
+from pipeline.exchange.transfer import ExportRequest, export_networks
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.frozen import Which
 from pipeline.probe.records import ProbeProgress, ProbeRecord, ProbeRequest
 from pipeline.probe.task_files import find_task
 from pipeline.probe.tasks import HeadName, TaskConfig
-from pipeline.track.folder import CONFIG_FILE, PROBE_FOLDER
+from pipeline.track.folder import PROBE_FOLDER
 
 _ALL_HEADS: tuple[HeadName, ...] = ("attentive", "linear", "knn")
 _Report = Callable[[ProbeProgress], None]
@@ -51,6 +52,16 @@ class ProbeOptions:
     """The averaged teacher, as evaluations use, or the student."""
     ray: Annotated[bool, Parameter(negative="--no-ray")] = True
     """Run as a Ray task, where Ray is installed."""
+    workers: PositiveInt = 1
+    """Ray workers that encode; each has one GPU, or one CPU where there is none."""
+    save_head: Annotated[bool, Parameter(negative="")] = False
+    """Keep the weights of the chosen attentive heads, in `OUT/heads`."""
+    given_head: Path | None = None
+    """Score this attentive head and fit none: a file of --save-head, a folder of transformers'
+    VJEPA2ForVideoClassification, or an official probe's .pt file."""
+    export_head: Path | None = None
+    """Folder to write encoder and fitted attentive head to, as transformers'
+    VJEPA2ForVideoClassification."""
     out: Path | None = None
     """Folder of results and cached features; `RUN/probes` by default."""
 
@@ -66,9 +77,9 @@ def probe(
     """Score the frozen features of one or more checkpoints of a run, side by side.
 
     The encoder is not changed: videos are encoded once, then small heads are fitted on the
-    tokens. Step 0 is the untrained encoder, the floor that training has to leave. Each step, head
-    and seed gives one file in `RUN/probes`; encoded features are kept in `RUN/probes/cache`,
-    which may be deleted at any time.
+    tokens. Step 0 is the untrained encoder, the floor that training has to leave. Each step gives
+    one file in `RUN/probes` with the scores of all heads and seeds; encoded features are kept in
+    `RUN/probes/cache`, which may be deleted at any time.
 
     Args:
         checkpoint: Folder of a run (its newest checkpoint is taken), of one checkpoint, an
@@ -79,23 +90,28 @@ def probe(
         json: Print the records as JSON.
     """
     asked = options or ProbeOptions()
-    if asked.seeds < 1:
-        raise UsageError(f"expected --seeds of at least 1, got {asked.seeds}")
+    _check_options(asked)
     config = load_config(find_task(task), TaskConfig, overrides).config
-    home, subjects = _subjects(checkpoint, asked.step, asked.steps)
+    home, subjects = subjects_of(checkpoint, asked.step, asked.steps)
     requests = [
         ProbeRequest(
             source=subject.path,
             step=subject.step,
             which=asked.which,
             task=config,
-            heads=_ALL_HEADS if asked.head == "all" else (asked.head,),
+            heads=_heads(asked),
             seeds=tuple(range(asked.seeds)),
             out=asked.out or home / PROBE_FOLDER,
+            save_head=asked.save_head or asked.export_head is not None,
+            given_head=asked.given_head,
         )
         for subject in subjects
     ]
-    records = _run_all(requests, on_ray=asked.ray)
+    if asked.export_head is not None and len(requests) > 1:
+        raise UsageError("--export-head takes one checkpoint, got several --steps")
+    records = _run_all(requests, on_ray=asked.ray, workers=asked.workers)
+    if asked.export_head is not None:
+        _export(requests[0], asked.export_head)
     if json:
         changes = [asdict(change) for change in differences(records)]
         print_json({"records": [asdict(one) for one in records], "differences": changes})
@@ -105,7 +121,51 @@ def probe(
         console.print(part)
 
 
-def _run_all(requests: Sequence[ProbeRequest], *, on_ray: bool) -> list[ProbeRecord]:
+def _heads(asked: ProbeOptions) -> tuple[HeadName, ...]:
+    if asked.given_head is not None:
+        return ("attentive",)
+    return _ALL_HEADS if asked.head == "all" else (asked.head,)
+
+
+def _check_options(asked: ProbeOptions) -> None:
+    if asked.seeds < 1:
+        raise UsageError(f"expected --seeds of at least 1, got {asked.seeds}")
+    if asked.given_head is not None and (asked.save_head or asked.export_head is not None):
+        raise UsageError("--given-head fits nothing that --save-head or --export-head could keep")
+    wanted = asked.given_head or asked.export_head
+    if wanted is not None and asked.head not in ("attentive", "all"):
+        raise UsageError(f"{wanted} is about the attentive head, but --head {asked.head} was asked")
+    if asked.workers > 1 and not asked.ray:
+        raise UsageError("--workers needs Ray, but --no-ray was given")
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < asked.workers:
+        raise UsageError(f"--workers {asked.workers}: each takes a GPU, and there are {num_gpus}")
+
+
+def _export(request: ProbeRequest, out: Path) -> None:
+    """The encoder and the head of the first seed, as transformers has them."""
+    head = read_head(request.head_path(request.seeds[0]))
+    clip = request.task.clip
+    asked = ExportRequest(
+        format="hf",
+        weights=request.which,
+        frames=clip.frames,
+        resolution=clip.resolution,
+        head=head,
+    )
+    exported = export_networks(
+        open_networks(request.source, verify=False), out, asked, lambda *_: None
+    )
+    apart = exported.difference
+    told = (
+        "not compared: transformers is not installed here"
+        if apart is None
+        else f"largest difference of logits from transformers' {apart.logits:.1e}"
+    )
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{out}: {told}", markup=False)
+
+
+def _run_all(requests: Sequence[ProbeRequest], *, on_ray: bool, workers: int) -> list[ProbeRecord]:
     """One after the other: each may use the whole machine."""
     console = Console(stderr=True, highlight=False)
     if on_ray and importlib.util.find_spec("ray") is None:
@@ -120,8 +180,13 @@ def _run_all(requests: Sequence[ProbeRequest], *, on_ray: bool) -> list[ProbeRec
         console=console,
     ) as progress:
         report = _shown(progress)
-        with local_ray() if on_ray else nullcontext():  # started once for all checkpoints
+        with (
+            local_ray(_cpus(workers)) if on_ray else nullcontext()
+        ):  # started once for all checkpoints
             for request in requests:
+                if on_ray and workers > 1:
+                    each = _worker_needs(request)
+                    encode_on_workers(request, workers=workers, needs=each, report=report)
                 if on_ray:
                     needs = _needs(request)
                     records += run_as_task(run_probe, request, needs=needs, report=report)
@@ -138,91 +203,27 @@ def _needs(request: ProbeRequest) -> TaskNeeds:
     )
 
 
+def _cpus(workers: int) -> int:
+    """CPUs that Ray may hand out: every worker gets its own, even if they have to share cores."""
+    return max(workers, len(os.sched_getaffinity(0)))
+
+
+def _worker_needs(request: ProbeRequest) -> TaskNeeds:
+    # One CPU whatever the machine has: sums over other numbers of threads end in other bits.
+    gpus = 1 if torch.cuda.is_available() else 0
+    return TaskNeeds(num_cpus=1, num_gpus=gpus, describe=f"encode {request.label}")
+
+
 def _shown(progress: Progress) -> _Report:
     """One bar for each part of a probe, made when the part begins."""
     bars: dict[str, Any] = {}
 
     def report(event: ProbeProgress) -> None:
+        if event.note:
+            progress.console.print(event.note, markup=False, soft_wrap=True)
+            return
         if event.phase not in bars:
             bars[event.phase] = progress.add_task(event.phase, total=event.total)
         progress.update(bars[event.phase], completed=event.done, total=event.total)
 
     return report
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Subject:
-    """One set of weights, and the step they are of where that is known."""
-
-    path: Path
-    step: int | None
-
-
-def _subjects(path: Path, step: int | None, steps: str | None) -> tuple[Path, list[_Subject]]:
-    """The folder that results belong to, and the weights to probe."""
-    if step is not None and steps is not None:
-        raise UsageError("expected --step or --steps, got both")
-    if path.name == "checkpoints" and path.is_dir():
-        path = path.parent
-    if (path / "manifest.json").is_file():
-        _must_choose_nothing(step, steps, f"{path} is one checkpoint", f"{path.parent.parent}")
-        return path.parent.parent, [_Subject(step=read_manifest(path).step, path=path)]
-    if not (path / CONFIG_FILE).is_file():
-        if not (is_exchange(path) or is_hf(path)):
-            raise _no_run(path)
-        _must_choose_nothing(step, steps, f"{path} holds one set of weights", "runs/NAME")
-        return path, [_Subject(step=_step_of(path), path=path)]
-    commits = list_commits(path)
-    if not commits:
-        raise CheckpointError(
-            f"the run {path} has no checkpoint yet",
-            remedy="Wait for the first save, or look at `jepa status` to see why there is none.",
-        )
-    wanted = [commit_of_step(path, n) for n in _steps(step, steps, commits[-1].step)]
-    return path, [_Subject(step=commit.step, path=commit.path) for commit in wanted]
-
-
-def _must_choose_nothing(step: int | None, steps: str | None, what: str, run: str) -> None:
-    if step is not None or steps is not None:
-        raise UsageError(
-            f"{what}: --step and --steps choose among those of a run",
-            remedy=f"Give the run's folder: {run}.",
-        )
-
-
-def _step_of(path: Path) -> int | None:
-    if not is_exchange(path):
-        return None
-    step = read_exchange(path, verify=False).provenance.get("step")
-    return step if isinstance(step, int) else None
-
-
-def _steps(step: int | None, steps: str | None, newest: int) -> list[int]:
-    if steps is None:
-        return [newest if step is None else step]
-    words = [word.strip() for word in steps.split(",")]
-    wrong = [word for word in words if word != "last" and not word.isdecimal()]
-    if wrong:
-        raise UsageError(
-            f"expected --steps as numbers or `last` with commas between, got {steps!r}",
-            remedy="For example --steps 0,last.",
-        )
-    return list(dict.fromkeys(newest if word == "last" else int(word) for word in words))
-
-
-def _no_run(path: Path) -> UsageError:
-    if path.is_dir():
-        there = [found.parent.name for found in sorted(path.glob(f"*/{CONFIG_FILE}"))][:5]
-        hint = f"; there are runs in it: {', '.join(there)}" if there else ""
-        return UsageError(f"{path} is neither a run nor a checkpoint{hint}")
-    folder = path.parent
-    while not folder.is_dir():
-        folder, path = folder.parent, folder
-    names = [found.name for found in sorted(folder.iterdir()) if found.is_dir()]
-    near = difflib.get_close_matches(path.name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:5])}"
-    return UsageError(
-        f"expected the folder of a run or of a checkpoint, found nothing at {path}"
-        + (f"; {hint}" if names else ""),
-        remedy="Give the folder that `jepa train` named, such as runs/NAME.",
-    )

@@ -80,11 +80,29 @@ def _footer(records: Sequence[ProbeRecord], out: Path) -> list[str]:
         f"{any_record.num_classes} classes. In brackets: 95 % interval for this many clips."
     ]
     lines += sorted({f"{record.head}: {record.rule}." for record in records})
+    lines += _other_rules(records)
     faults = {name: num for name, num in any_record.num_faults.items() if num}
     if faults:
         words = ", ".join(f"{num} of {name}" for name, num in faults.items())
         lines.append(f"Videos left out as missing or undecodable: {words}.")
     return [*lines, f"{len(records)} results in {out}"]
+
+
+def _other_rules(records: Sequence[ProbeRecord]) -> list[str]:
+    """What the rule that is not the task's own would have reported."""
+    lines = []
+    for head, of_head in _by_head(records).items():
+        steps = sorted({record.step for record in of_head}, key=lambda step: step or 0)
+        told = []
+        for step in steps:
+            found = [o for r in of_head if r.step == step for o in r.rules[1:]]
+            if found:
+                mean = statistics.mean(one["top1"] for one in found)
+                told.append(f"{mean:.1%} at {_column(step, of_head[0])}")
+        if told:
+            name = of_head[0].rules[1]["rule"]
+            lines.append(f"{head}, chosen {name} instead: {', '.join(told)}.")
+    return lines
 
 
 def _score(records: Sequence[ProbeRecord]) -> str:

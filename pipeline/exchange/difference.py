@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.clip import MaskSet
 from pipeline.data.augment import transforms
 from pipeline.errors import CheckpointError
+from pipeline.exchange.heads import HeadWeights
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.load import build_encoder, build_predictor
 from pipeline.exchange.source import Source
@@ -33,15 +34,20 @@ class Difference:
     predictor: float
     transformers: str
     """Its version."""
+    logits: float | None = None
+    """Of the head, where there is one, on one random clip."""
 
 
-def measure(folder: Path, networks: Networks, tensors: Tensors) -> Difference | None:
+def measure(
+    folder: Path, networks: Networks, tensors: Tensors, head: HeadWeights | None = None
+) -> Difference | None:
     """Loads an export strictly with transformers and compares it with our networks.
 
     Args:
         folder: The export.
         networks: What was exported; resolution must be known.
         tensors: `encoder.*` and `predictor.*`.
+        head: The head in it, if there is one.
 
     Returns:
         None if transformers is not installed, or is older than 5.
@@ -67,16 +73,27 @@ def measure(folder: Path, networks: Networks, tensors: Tensors) -> Difference | 
     )
     # One after the other: two copies of a large model need not be in memory at once.
     ours = _ours(Source(networks=networks, tensors=tensors, provenance={}), video_BCTHW, mask)
-    theirs = _theirs(folder, video_BCTHW, mask)
-    encoder, predictor = (float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    theirs = _theirs(folder, video_BCTHW, mask, head)
+    if head is not None:
+        with torch.no_grad():
+            ours = (*ours, head.build()(ours[0]))
+    apart = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    encoder, predictor = apart[:2]
     scale = max(1.0, *(float(one.abs().max()) for one in ours))
-    if not max(encoder, predictor) <= _MOST * scale:
+    # NaN is not below anything.
+    if not all(one <= _MOST * scale for one in apart):
         raise CheckpointError(
             f"transformers {version} computes something else with these weights: largest "
-            f"difference {encoder:.2e} in the encoder, {predictor:.2e} in the predictor.",
+            f"difference {encoder:.2e} in the encoder, {predictor:.2e} in the predictor"
+            + (f", {apart[2]:.2e} in the logits." if head is not None else "."),
             remedy="Please report this; --no-check exports without comparing.",
         )
-    return Difference(encoder=encoder, predictor=predictor, transformers=version)
+    return Difference(
+        encoder=encoder,
+        predictor=predictor,
+        transformers=version,
+        logits=apart[2] if head is not None else None,
+    )
 
 
 @torch.no_grad()
@@ -93,11 +110,16 @@ def _ours(source: Source, video_BCTHW: Tensor, mask: MaskSet) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def _theirs(folder: Path, video_BCTHW: Tensor, mask: MaskSet) -> tuple[Tensor, Tensor]:
+def _theirs(
+    folder: Path, video_BCTHW: Tensor, mask: MaskSet, head: HeadWeights | None
+) -> tuple[Tensor, ...]:
     transforms()  # transformers imports torchvision, which needs help beside a CPU-only torch
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
-    model, told = transformers.AutoModel.from_pretrained(
+    kind = transformers.AutoModel
+    if head is not None:
+        kind = transformers.AutoModelForVideoClassification
+    model, told = kind.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     wrong = {key: sorted(map(str, value)) for key, value in told.items() if value}
@@ -106,7 +128,9 @@ def _theirs(folder: Path, video_BCTHW: Tensor, mask: MaskSet) -> tuple[Tensor, T
             f"transformers does not load the export strictly: {wrong}",
             remedy="Please report this with the command that you gave.",
         )
-    found = model.eval()(
-        video_BCTHW.transpose(1, 2), context_mask=[mask.context_BK], target_mask=[mask.target_BK]
-    )
-    return found.last_hidden_state, found.predictor_output.last_hidden_state
+    model.eval()
+    video_BTCHW = video_BCTHW.transpose(1, 2)
+    networks = model if head is None else model.vjepa2
+    found = networks(video_BTCHW, context_mask=[mask.context_BK], target_mask=[mask.target_BK])
+    both = found.last_hidden_state, found.predictor_output.last_hidden_state
+    return both if head is None else (*both, model(video_BTCHW).logits)

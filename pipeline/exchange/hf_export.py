@@ -6,6 +6,7 @@ transformers itself is not needed for it.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from pipeline.models.layers import NORM_EPS, ModelDims
 
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "video_preprocessor_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# A model with a head: its networks stand below the first word, its head below the others.
+CLASSIFIER, BACKBONE, HEAD_PREFIXES = (
+    "VJEPA2ForVideoClassification",
+    "vjepa2",
+    ("pooler.", "classifier."),
+)
 # What transformers would compute otherwise than jepa if it were anything else.
 FIXED = {
     "model_type": "vjepa2",
@@ -96,10 +103,23 @@ def inexpressible(networks: Networks) -> list[str]:
 
 
 def write_hf(
-    folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    head: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Writes config, weights and video processor; `tensors` are `encoder.*` and `predictor.*`."""
-    home = write_safetensors(folder, "model", _hf_tensors(tensors))
+    """Writes config, weights and video processor.
+
+    Args:
+        folder: An existing folder.
+        config: Content of config.json.
+        tensors: `encoder.*` and `predictor.*`.
+        head: A classifier's tensors by transformers' names; the networks then stand a level deeper.
+    """
+    named = _hf_tensors(tensors)
+    if head is not None:
+        named = chain(((f"{BACKBONE}.{name}", tensor) for name, tensor in named), head)
+    home = write_safetensors(folder, "model", named)
     if len(set(home.values())) > 1:
         total = sum((folder / name).stat().st_size for name in set(home.values()))
         index = {"metadata": {"total_size": total}, "weight_map": home}

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.exchange.hf_export import CONFIG_FILE, FIXED, WEIGHTS, WEIGHTS_INDEX
+from pipeline.exchange.hf_export import (
+    BACKBONE,
+    CLASSIFIER,
+    CONFIG_FILE,
+    FIXED,
+    HEAD_PREFIXES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from pipeline.exchange.layout import Networks
 from pipeline.exchange.names import hf_recipe, translate
 from pipeline.exchange.sizes import canonical, expected_shapes
 from pipeline.exchange.source import ImportOptions, Source
-from pipeline.exchange.tensors import open_safetensors, read_json
+from pipeline.exchange.tensors import Tensors, joined, open_safetensors, read_json
 from pipeline.files import sha256_of
 from pipeline.models.encoder import EncoderConfig
 from pipeline.models.predictor import PredictorConfig
@@ -65,8 +73,9 @@ def read_hf(folder: Path, options: ImportOptions, *, digest: bool = True) -> Sou
         raise UsageError(f"transformers' VJEPA2Model is always rotary, not {options.positions}")
     config = read_json(folder / CONFIG_FILE)
     networks = _networks_of(config, folder, options)
-    files = _weight_files(folder)
-    tensors = translate(open_safetensors(files), expected_shapes(networks), hf_recipe, str(folder))
+    files = weight_files(folder)
+    theirs, notes = _without_head(open_safetensors(files), config)
+    tensors = translate(theirs, expected_shapes(networks), hf_recipe, str(folder))
     told: dict[str, Any] = {"format": "hf", "source": str(folder)}
     if digest:
         digests = {path.name: sha256_of(path) for path in (folder / CONFIG_FILE, *files)}
@@ -76,8 +85,20 @@ def read_hf(folder: Path, options: ImportOptions, *, digest: bool = True) -> Sou
         networks=networks,
         tensors=tensors,
         provenance=told,
-        notes=("the folder holds one encoder: it serves as student and as teacher",),
+        notes=("the folder holds one encoder: it serves as student and as teacher", *notes),
     )
+
+
+def _without_head(theirs: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, tuple[str, ...]]:
+    """The networks of a model with a classifier, which stand a level deeper there."""
+    if config.get("architectures") != [CLASSIFIER]:
+        return theirs, ()
+    networks = theirs.below(f"{BACKBONE}.")
+    others = {n: s for n, s in theirs.shapes.items() if not n.startswith(f"{BACKBONE}.")}
+    strange = {n: s for n, s in others.items() if not n.startswith(HEAD_PREFIXES)}
+    # Names that belong neither to the networks nor to the head are refused with the others.
+    whole = joined(networks, Tensors(shapes=strange, read=theirs.read))
+    return whole, ("its head is left out here; `jepa probe --given-head` takes it",)
 
 
 def _networks_of(config: Mapping[str, Any], folder: Path, options: ImportOptions) -> Networks:
@@ -126,7 +147,12 @@ def _networks_of(config: Mapping[str, Any], folder: Path, options: ImportOptions
         ) from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of a folder, as its index names them.
+
+    Raises:
+        CheckpointError: The index names files elsewhere.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     home = read_json(folder / WEIGHTS_INDEX).get("weight_map")

@@ -17,6 +17,11 @@ from pipeline.exchange.tensors import Shape, Tensors
 
 _BLOCK = re.compile(r"(predictor_)?blocks\.(\d+)\.(.+)")
 _THIRDS = ("query", "key", "value")
+_FUSED = (
+    (".attn.qkv", ".self_attn", "qkv"),
+    (".xattn.q", ".cross_attn", "q"),
+    (".xattn.kv", ".cross_attn", "kv"),
+)
 _HF_PLAIN = {
     "encoder.patch_embed.proj": "encoder.embeddings.patch_embeddings.proj",
     "encoder.norm": "encoder.layernorm",
@@ -76,6 +81,25 @@ def hf_recipe(name: str, shape: Shape) -> Recipe:  # noqa: ARG001 - the type of 
         thirds = tuple(f"{inside}.attention.{third}.{leaf}" for third in _THIRDS)
         return Recipe(parts=thirds, how="cat")
     return Recipe(parts=(f"{inside}.{block[3].replace('attn.', 'attention.')}",))
+
+
+def hf_head_recipe(name: str) -> Recipe:
+    """From transformers' VJEPA2ForVideoClassification; `name` is one of `AttentiveProbe`'s."""
+    if name.startswith("linear."):
+        return Recipe(parts=(name.replace("linear.", "classifier.", 1),))
+    if name == "pooler.query_tokens":
+        return Recipe(parts=(name,))
+    module, _, leaf = name.rpartition(".")
+    module = module.replace("pooler.blocks.", "pooler.self_attention_layers.")
+    module = module.replace("cross_attention_block", "cross_attention_layer")
+    module = re.sub(r"\.norm([12])$", r".layer_norm\1", module)
+    for fused, place, words in _FUSED:
+        if module.endswith(fused):
+            inside = module.removesuffix(fused) + place
+            parts = tuple(f"{inside}.{word}_proj.{leaf}" for word in words)
+            return Recipe(parts=parts, how="cat" if len(parts) > 1 else "same")
+    module = module.replace(".attn.proj", ".self_attn.out_proj")
+    return Recipe(parts=(f"{module}.{leaf}",))
 
 
 def official_recipe(name: str, shape: Shape) -> Recipe:

@@ -37,7 +37,7 @@ def read_official(path: Path, options: ImportOptions) -> Source:
         UsageError: There is no such file.
         CheckpointError: It holds more than tensors and plain values, or no networks known here.
     """
-    content = _load(path)
+    content = load_pickle(path)
     parts, tables = _networks(content, path)
     encoder, teacher = parts.get("encoder"), parts.get("target_encoder")
     role = "student"
@@ -69,7 +69,13 @@ def read_official(path: Path, options: ImportOptions) -> Source:
     )
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def load_pickle(path: Path) -> Mapping[str, Any]:
+    """The content of an official file, read without running anything that stands in it.
+
+    Raises:
+        UsageError: There is no such file.
+        CheckpointError: It holds more than tensors and plain values, or is damaged.
+    """
     if not path.is_file():
         raise UsageError(
             f"expected the file of an official checkpoint, found none at {path}",

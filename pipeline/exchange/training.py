@@ -8,7 +8,7 @@ from pipeline.checkpoint.load import read_state
 from pipeline.config.load import load_config
 from pipeline.exchange.source import Source
 from pipeline.run import RunConfig
-from pipeline.track.folder import CONFIG_FILE, PROBE_FOLDER, read_json_object, read_run_info
+from pipeline.track.folder import CONFIG_FILE, PROBE_FOLDER, probe_records, read_run_info
 from pipeline.track.metrics import read_all_metrics, without_superseded
 
 
@@ -40,7 +40,9 @@ def training_facts(source: Source) -> dict[str, Any] | None:
         "tokens_seen": sum(report.tokens for report in taken),
         "code": [start.get("code") for start in info.get("starts", [])][-1:],
         "base_model": info.get("init_from"),
-        "probes": _probes(read_json_object(path) for path in _probe_files(source, step)),
+        "probes": _probes(
+            record for path in _probe_files(source, step) for record in probe_records(path)
+        ),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.exchange.card import CARD_FILE, CardFacts, card
 from pipeline.exchange.difference import Difference, measure
+from pipeline.exchange.heads import HeadWeights, hf_head_config, hf_head_tensors
 from pipeline.exchange.hf_export import (
     CONFIG_FILE,
     PROCESSOR_FILE,
@@ -56,6 +57,8 @@ class ExportRequest:
     """Compare with transformers, where it is installed and can load the format."""
     license: str | None = None
     """Licence for the card."""
+    head: HeadWeights | None = None
+    """An attentive head to go with it, which makes the export a classifier; `hf` alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +103,7 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
     networks, notes = _chosen(source, request)
     if request.format == "vjepa2" and not source.has_teacher:
         notes += ("`target_encoder` is a copy of `encoder`: the source holds one encoder",)
-    config = _config(networks, request.format)
+    config = _config(networks, request)
     training = training_facts(source)
     notes = (*source.notes, *notes)
     told = {**source.provenance, "notes": list(notes), "training": training}
@@ -112,12 +115,13 @@ def export_networks(source: Source, out: Path, request: ExportRequest, report: R
             tensors = _tensors(source, request.weights)
             counted = _counted(tensors, report)
             if config is not None:
-                write_hf(folder, config, counted)
+                head = request.head and hf_head_tensors(request.head)
+                write_hf(folder, config, counted, head)
             else:
                 home = write_safetensors(folder, WEIGHTS_STEM, counted)
                 write_exchange(folder, networks, told, sorted(set(home.values())))
             if config is not None and request.check:
-                difference = measure(folder, networks, tensors)
+                difference = measure(folder, networks, tensors, request.head)
         facts = CardFacts(
             name=out.resolve().name,
             networks=networks,
@@ -221,15 +225,20 @@ def _chosen(source: Source, request: ExportRequest) -> tuple[Networks, tuple[str
     return networks.model_copy(update=changes), notes
 
 
-def _config(networks: Networks, wanted: Format) -> dict[str, Any] | None:
+def _config(networks: Networks, request: ExportRequest) -> dict[str, Any] | None:
     """Transformers' config.json, if that is the format.
 
     Raises:
+        UsageError: A head is to go into another format.
         CheckpointError: The format cannot express these networks.
     """
+    wanted, head = request.format, request.head
     if wanted == "hf":
         frames, resolution = _clip(networks)
-        return hf_config(networks, frames=frames, resolution=resolution)
+        config = hf_config(networks, frames=frames, resolution=resolution)
+        return config if head is None else {**config, **hf_head_config(head, networks)}
+    if head is not None:
+        raise UsageError(f"a head goes into an export with --format hf, not {wanted}")
     if wanted == "vjepa2" and (reasons := inexpressible(networks)):
         raise CheckpointError(
             f"V-JEPA 2's own code cannot express these networks: {'; '.join(reasons)}.",

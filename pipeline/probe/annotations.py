@@ -1,21 +1,19 @@
-"""Which video belongs to which class: the annotation files of a probe task, read and checked."""
+"""Which video belongs to which class: the two splits of a probe task, checked and thinned out."""
 
-import difflib
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.clip import SampleFault
-from pipeline.errors import ConfigError, DataError
-from pipeline.probe.tasks import CsvData, SsV2Data, TaskConfig
+from pipeline.errors import DataError
+from pipeline.probe.entries import Entry, Lists
+from pipeline.probe.folders import read_csv, read_folders
+from pipeline.probe.shards import read_shards
+from pipeline.probe.ssv2 import read_ssv2
+from pipeline.probe.tasks import CsvData, FolderData, SsV2Data, TaskConfig
 
-_OLD_PREFIX = "something-something-v2-"
-_VIDEO_SUFFIXES = (".webm", ".mp4")
 _SHOWN_MISTAKES = 20
 _SUBSET_SEED = 0
 
@@ -27,6 +25,8 @@ class LabelledVideo:
     key: str
     path: Path
     label: int
+    sample: int | None = None
+    """Its number in the dataset at `path`, where it lies in shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,15 +76,6 @@ class TaskVideos:
     class_names: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """A line of an annotation file, before its video was looked for."""
-
-    key: str
-    path: Path | None
-    label: int
-
-
 def read_task(config: TaskConfig) -> TaskVideos:
     """Read, check and, where the task limits them, thin out the annotations of a task.
 
@@ -94,105 +85,35 @@ def read_task(config: TaskConfig) -> TaskVideos:
             than the task tolerates.
     """
     mistakes: list[str] = []
-    if isinstance(config.data, SsV2Data):
-        train, validation, names = _read_ssv2(config.data, mistakes)
-    else:
-        train, validation, names = _read_csv(config.data, mistakes)
-    mistakes += _split_mistakes(train, validation)
+    lists = _read(config, mistakes)
+    mistakes += _split_mistakes(lists)
     if mistakes:
         _raise_mistakes(config.name, mistakes)
     return TaskVideos(
-        train=_split(config, "train", train, config.max_train),
-        validation=_split(config, "validation", validation, config.max_validation),
-        class_names=tuple(names),
+        train=_split(config, "train", lists.train, config.max_train),
+        validation=_split(config, "validation", lists.validation, config.max_validation),
+        class_names=lists.class_names,
     )
 
 
-def _read_ssv2(data: SsV2Data, mistakes: list[str]) -> tuple[list[_Entry], list[_Entry], list[str]]:
-    """Class = labels[template without brackets]; the filled-in `label` text is never looked up."""
-    folder = _existing_folder(data.annotations, "data.annotations")
-    paths = _videos_in(_existing_folder(data.videos, "data.videos"))
-    labels = _ssv2_labels(_ssv2_file(folder, "labels"), mistakes)
-    splits = [
-        _ssv2_split(_ssv2_file(folder, name), labels, paths, mistakes)
-        for name in ("train", "validation")
-    ]
-    return splits[0], splits[1], sorted(labels, key=lambda name: labels[name])
+def _read(config: TaskConfig, mistakes: list[str]) -> Lists:
+    data = config.data
+    if isinstance(data, SsV2Data):
+        return read_ssv2(data, mistakes)
+    if isinstance(data, CsvData):
+        return read_csv(data, mistakes)
+    if isinstance(data, FolderData):
+        return read_folders(data, mistakes)
+    return read_shards(data, mistakes)
 
 
-def _ssv2_labels(path: Path, mistakes: list[str]) -> dict[str, int]:
-    raw = _json(path, mistakes)
-    if not isinstance(raw, dict) or not raw:
-        mistakes.append(f"{path}: expected an object from template to class number")
-        return {}
-    labels: dict[str, int] = {}
-    for template, number in raw.items():
-        if str(number).isdecimal():
-            labels[template] = int(number)
-        else:
-            mistakes.append(f"{path}: expected a class number for {template!r}, got {number!r}")
-    if sorted(labels.values()) != list(range(len(raw))):
-        mistakes.append(f"{path}: expected the class numbers 0 to {len(raw) - 1}, each once")
-    return labels
-
-
-def _ssv2_split(
-    path: Path, labels: dict[str, int], paths: dict[str, Path], mistakes: list[str]
-) -> list[_Entry]:
-    raw = _json(path, mistakes)
-    if not isinstance(raw, list) or not raw:
-        mistakes.append(f"{path}: expected a list of objects with `id` and `template`")
-        return []
-    entries: list[_Entry] = []
-    for position, item in enumerate(raw):
-        where = f"{path} entry {position}"
-        if not isinstance(item, dict) or not {"id", "template"} <= item.keys():
-            mistakes.append(f"{where}: expected an object with `id` and `template`")
-            continue
-        template = str(item["template"]).replace("[", "").replace("]", "")
-        if template not in labels:
-            mistakes.append(f"{where}: no class for template {template!r}{_near(template, labels)}")
-            continue
-        key = str(item["id"])
-        entries.append(_Entry(key=key, path=paths.get(key), label=labels[template]))
-    return entries
-
-
-def _read_csv(data: CsvData, mistakes: list[str]) -> tuple[list[_Entry], list[_Entry], list[str]]:
-    splits = [_csv_split(path, data, mistakes) for path in (data.train, data.validation)]
-    num_classes = 1 + max((entry.label for split in splits for entry in split), default=-1)
-    return splits[0], splits[1], [str(label) for label in range(num_classes)]
-
-
-def _csv_split(path: Path, data: CsvData, mistakes: list[str]) -> list[_Entry]:
-    if not path.is_file():
-        raise ConfigError(f"expected a file with one `path label` per line, found no {path}")
-    root = data.videos or path.parent
-    entries: list[_Entry] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(data.delimiter)
-        if not name or not label.isdecimal():
-            mistakes.append(
-                f"{path}:{number}: expected `path{data.delimiter}class number`, got {line!r}"
-            )
-            continue
-        video = root / name.strip()
-        found = video if video.is_file() else None
-        entries.append(_Entry(key=name.strip(), path=found, label=int(label)))
-    if not entries:
-        mistakes.append(f"{path}: expected at least one line `path label`")
-    return entries
-
-
-def _split_mistakes(train: list[_Entry], validation: list[_Entry]) -> list[str]:
+def _split_mistakes(lists: Lists) -> list[str]:
     mistakes: list[str] = []
-    for name, entries in (("train", train), ("validation", validation)):
+    for name, entries in (("train", lists.train), ("validation", lists.validation)):
         twice = len(entries) - len({entry.key for entry in entries})
         if twice:
             mistakes.append(f"{name}: {twice} videos are listed more than once")
-    shared = sorted({e.key for e in train} & {e.key for e in validation})
+    shared = sorted({e.key for e in lists.train} & {e.key for e in lists.validation})
     if shared:
         mistakes.append(
             f"{len(shared)} videos are in train and in validation, for example {shared[0]}: "
@@ -201,13 +122,17 @@ def _split_mistakes(train: list[_Entry], validation: list[_Entry]) -> list[str]:
     return mistakes
 
 
-def _split(config: TaskConfig, name: str, entries: list[_Entry], limit: int | None) -> Split:
+def _split(config: TaskConfig, name: str, entries: list[Entry], limit: int | None) -> Split:
     chosen = entries if limit is None else _thin_out(entries, limit)
     videos: list[LabelledVideo] = []
     faults: list[SampleFault] = []
     for position, entry in enumerate(chosen):
         if entry.path is not None:
-            videos.append(LabelledVideo(key=entry.key, path=entry.path, label=entry.label))
+            videos.append(
+                LabelledVideo(
+                    key=entry.key, path=entry.path, label=entry.label, sample=entry.sample
+                )
+            )
             continue
         faults.append(
             SampleFault(
@@ -225,7 +150,7 @@ def _split(config: TaskConfig, name: str, entries: list[_Entry], limit: int | No
     return split
 
 
-def _thin_out(entries: list[_Entry], limit: int) -> list[_Entry]:
+def _thin_out(entries: list[Entry], limit: int) -> list[Entry]:
     """At most `limit` entries, as even over the classes as can be, always the same ones.
 
     Entries get a random place within their class; those with the lowest places are taken.
@@ -240,47 +165,6 @@ def _thin_out(entries: list[_Entry], limit: int) -> list[_Entry]:
         place_in_class[label] = place + 1
     rank = np.lexsort((np.argsort(order), places))
     return [entries[index] for index in sorted(rank[:limit])]
-
-
-def _ssv2_file(folder: Path, name: str) -> Path:
-    for candidate in (folder / f"{name}.json", folder / f"{_OLD_PREFIX}{name}.json"):
-        if candidate.is_file():
-            return candidate
-    there = sorted(path.name for path in folder.glob("*.json"))
-    raise ConfigError(
-        f"expected {name}.json or {_OLD_PREFIX}{name}.json in {folder}, found {there or 'no JSON'}",
-        remedy="Point the task's `data.annotations` at the folder of the dataset's JSON files.",
-    )
-
-
-def _videos_in(folder: Path) -> dict[str, Path]:
-    """Path of each video by its id; one listing instead of a look-up per video."""
-    with os.scandir(folder) as entries:
-        paths = [Path(entry.path) for entry in entries]
-    return {path.stem: path for path in sorted(paths) if path.suffix in _VIDEO_SUFFIXES}
-
-
-def _existing_folder(folder: Path, key: str) -> Path:
-    if not folder.is_dir():
-        near = _near(folder.name, [path.name for path in folder.parent.glob("*")])
-        raise ConfigError(
-            f"expected a folder at the task's `{key}`, found none at {folder.resolve()}{near}",
-            remedy=f"Correct `{key}` in the task file or on the command line: {key}=FOLDER.",
-        )
-    return folder
-
-
-def _json(path: Path, mistakes: list[str]) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        mistakes.append(f"{path}: not JSON: {error}")
-        return None
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def _raise_mistakes(task: str, mistakes: list[str]) -> None:

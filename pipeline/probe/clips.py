@@ -15,11 +15,14 @@ from pipeline.data.augment import CropSpec, crop, evaluation_views, random_box
 from pipeline.data.badmedia import BadMediaError
 from pipeline.data.decode import DecodeLimits, decode_frames, probe_media
 from pipeline.data.sampling import clip_times
-from pipeline.probe.annotations import Split
+from pipeline.probe.annotations import LabelledVideo, Split
+from pipeline.probe.shards import read_sample
+from pipeline.probe.stills import decode_still, is_still
 from pipeline.probe.tasks import Augmentation, ClipConfig
 
 _RANDOM_CROP = CropSpec(scale=(0.08, 1.0), aspect_ratio=(0.75, 4 / 3), horizontal_flip=0.0)
 _AUGMENTATION_SEED = 0
+_SHUFFLE_SEED = 0x0F3
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -69,36 +72,48 @@ class ClipReader:
         """
         video = self.split.videos[index]
         try:
-            payload = video.path.read_bytes()
-            segments = self._segments(payload, index, epoch)
+            segments = self._segments(video, index, epoch)
         except (BadMediaError, OSError) as error:
             return self.split.fault(index, video, str(error))
         return VideoClip(index=index, label=video.label, video_VSCTHW=torch.stack(segments, dim=1))
 
-    def _segments(self, payload: bytes, index: int, epoch: int | None) -> list[Tensor]:
+    def _segments(self, video: LabelledVideo, index: int, epoch: int | None) -> list[Tensor]:
         draw = 0 if epoch is None else epoch * len(self.split.videos) + index
+        payload = _payload(video)
+        if video.sample is None and is_still(video.path):
+            still_THWC = decode_still(payload, max_pixels=self._limits.max_pixels)
+            parts = [still_THWC.repeat(self.clip.frames, axis=0)] * self.clip.segments
+        else:
+            times_ST = self._times(payload, index, draw, epoch)
+            # One pass over the file: times of all segments ascending, then dealt out again.
+            order = np.argsort(times_ST.ravel(), kind="stable")
+            decoded = decode_frames(payload, times_ST.ravel()[order], self._limits)
+            frames = np.empty_like(decoded.frames_THWC)
+            frames[order] = decoded.frames_THWC
+            parts = np.split(frames, self.clip.segments)
+        return [
+            self._views(
+                _ordered(part, self.clip, index=index, segment=number),
+                draw * self.clip.segments + number,
+                epoch,
+            )
+            for number, part in enumerate(parts)
+        ]
+
+    def _times(self, payload: bytes, index: int, draw: int, epoch: int | None) -> np.ndarray:
+        """Presentation times of all segments, [S, T]."""
         random_time = epoch is not None and self.augmentation.random_time
-        units = _units(draw, self.clip.segments, random=random_time)
         if index not in self._lengths:
             # Counted by decoding, once: SSv2's files carry neither duration nor number of frames.
             info = probe_media(payload, self._limits, decode_everything=True)
             self._lengths[index] = (info.duration_seconds, info.num_frames)
         duration_seconds, num_frames = self._lengths[index]
-        times_ST = segment_times(
+        return segment_times(
             self.clip,
             duration_seconds=duration_seconds,
             num_frames=num_frames,
-            units=units,
+            units=_units(draw, self.clip.segments, random=random_time),
         )
-        # One pass over the file: times of all segments ascending, then dealt out again.
-        order = np.argsort(times_ST.ravel(), kind="stable")
-        decoded = decode_frames(payload, times_ST.ravel()[order], self._limits)
-        frames = np.empty_like(decoded.frames_THWC)
-        frames[order] = decoded.frames_THWC
-        return [
-            self._views(part, draw * self.clip.segments + number, epoch)
-            for number, part in enumerate(np.split(frames, self.clip.segments))
-        ]
 
     def _views(self, frames_THWC: np.ndarray, draw: int, epoch: int | None) -> Tensor:
         """uint8 [V, C, T, H, W] of one segment."""
@@ -193,6 +208,22 @@ def _squares(frames_THWC: np.ndarray, resolution: int, num_views: int) -> Tensor
     """
     views = evaluation_views(frames_THWC, resolution, 3)
     return torch.stack(views if num_views == 3 else views[1:2])
+
+
+def _payload(video: LabelledVideo) -> bytes:
+    if video.sample is None:
+        return video.path.read_bytes()
+    return read_sample(video.path, video.sample)
+
+
+def _ordered(frames_THWC: np.ndarray, clip: ClipConfig, *, index: int, segment: int) -> np.ndarray:
+    """The frames in the order that the task asks for; a video is always shuffled the same way."""
+    if clip.frame_order == "forward":
+        return frames_THWC
+    if clip.frame_order == "reversed":
+        return np.ascontiguousarray(frames_THWC[::-1])
+    order = np.random.default_rng([_SHUFFLE_SEED, index, segment]).permutation(len(frames_THWC))
+    return frames_THWC[order]
 
 
 def _units(draw: int, num_segments: int, *, random: bool) -> np.ndarray:

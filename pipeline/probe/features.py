@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,17 +19,27 @@ from pipeline.probe.frozen import FrozenEncoder
 from pipeline.probe.tasks import ClipConfig, Pooling, TaskConfig
 
 
+class TokenRows(Protocol):
+    """Tokens that can be read row by row."""
+
+    def rows(self, index_B: Tensor) -> Tensor:
+        """Tokens [B, V, N, D] of some rows, bf16."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
     """Features of the usable videos of one split.
 
-    `steps_NVPCD` holds the mean token of each of C cells of each of P time steps, fp32, and
-    `tokens_NVND` all tokens, fp16 or None if they are too many to keep; both are memory-mapped.
+    `steps_NVPCD` holds the mean token of each of C cells of each of P time steps, fp32; `tokens`
+    reads all tokens, bf16, or is None if they are not kept.
     """
 
-    steps_NVPCD: np.ndarray
-    tokens_NVND: np.ndarray | None
+    steps_NVPCD: Tensor
+    tokens: TokenRows | None
     labels_N: Tensor
+    index_N: Tensor
+    """Place of each row in the split."""
     faults: tuple[SampleFault, ...]
     from_cache: bool
 
@@ -40,7 +51,7 @@ class Features:
         but for what single tokens hold of the direction; joined steps keep the order even where
         the tokens do not, joined cells the place.
         """
-        steps_NVPCD = torch.from_numpy(np.array(self.steps_NVPCD))
+        steps_NVPCD = self.steps_NVPCD
         if pooling == "clip":
             return steps_NVPCD.mean(dim=(2, 3))
         return (steps_NVPCD.mean(dim=3) if pooling == "time" else steps_NVPCD).flatten(2)
@@ -49,9 +60,12 @@ class Features:
 class CachedInputs:
     """Inputs [N, V, …] that are there already; `epoch` changes nothing."""
 
-    def __init__(self, inputs_NV: np.ndarray, labels_N: Tensor) -> None:
+    def __init__(
+        self, inputs_NV: np.ndarray, labels_N: Tensor, index_N: Tensor | None = None
+    ) -> None:
         self.inputs_NV = inputs_NV
         self.labels_N = labels_N
+        self._index_N = torch.arange(len(labels_N)) if index_N is None else index_N
 
     def batches(
         self,
@@ -61,9 +75,41 @@ class CachedInputs:
         epoch: int | None = None,  # noqa: ARG002
     ) -> Iterator[InputBatch]:
         """Batches of `size` clips in `order`, fp32."""
-        for index_B in order.split(size):
-            inputs_BV = torch.from_numpy(self.inputs_NV[index_B.numpy()]).float()
-            yield InputBatch(inputs_BV=inputs_BV, labels_B=self.labels_N[index_B])
+        for row_B in order.split(size):
+            yield InputBatch(
+                inputs_BV=torch.from_numpy(self.inputs_NV[row_B.numpy()]).float(),
+                labels_B=self.labels_N[row_B],
+                index_B=self._index_N[row_B],
+            )
+
+
+class StoredTokens:
+    """Tokens read from disk, the next batch while heads compute on this one."""
+
+    def __init__(self, features: Features) -> None:
+        if features.tokens is None:
+            raise RuntimeError("tokens were not kept")
+        self._tokens = features.tokens
+        self._index_N = features.index_N
+        self.labels_N = features.labels_N
+
+    def batches(
+        self,
+        order: Tensor,
+        size: int,
+        *,
+        epoch: int | None = None,  # noqa: ARG002
+    ) -> Iterator[InputBatch]:
+        """Batches of `size` clips in `order`, fp32."""
+        for rows in read_ahead(
+            lambda row_B: (row_B, self._tokens.rows(row_B)), order.split(size), threads=1
+        ):
+            row_B, tokens_BVND = rows
+            yield InputBatch(
+                inputs_BV=tokens_BVND.float(),
+                labels_B=self.labels_N[row_B],
+                index_B=self._index_N[row_B],
+            )
 
 
 class LiveInputs:
@@ -76,14 +122,23 @@ class LiveInputs:
         split: Its videos.
         task: Clips, threads and augmentation.
         num_views: Crops of each video.
+        rounded: Round tokens to bf16, as those on disk are, so that it does not matter to a head
+            where its tokens come from.
     """
 
     def __init__(
-        self, encoder: FrozenEncoder, split: Split, task: TaskConfig, *, num_views: int
+        self,
+        encoder: FrozenEncoder,
+        split: Split,
+        task: TaskConfig,
+        *,
+        num_views: int,
+        rounded: bool = True,
     ) -> None:
         self._encoder = encoder
         self._split = split
         self._task = task
+        self._rounded = rounded
         self._reader = ClipReader(
             split, task.clip, num_views=num_views, augmentation=task.augmentation
         )
@@ -96,9 +151,12 @@ class LiveInputs:
         while group := list(islice(clips, size)):
             video = torch.stack([clip.video_VSCTHW for clip in group])
             parts = video.split(self._task.encode_batch)
-            tokens = [encode(self._encoder, part, self._task.clip) for part in parts]
-            labels_B = torch.tensor([clip.label for clip in group])
-            yield InputBatch(inputs_BV=torch.cat(tokens), labels_B=labels_B)
+            tokens = torch.cat([encode(self._encoder, part, self._task.clip) for part in parts])
+            yield InputBatch(
+                inputs_BV=tokens.bfloat16().float() if self._rounded else tokens,
+                labels_B=torch.tensor([clip.label for clip in group]),
+                index_B=torch.tensor([clip.index for clip in group]),
+            )
 
     def _clips(self, order: Tensor, epoch: int | None) -> Iterator[VideoClip]:
         reads = read_ahead(

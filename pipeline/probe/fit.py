@@ -2,22 +2,24 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.probe.outcome import Accuracy, Outcome, joined, of_scores
 from pipeline.probe.tasks import SweepConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputBatch:
-    """Clips for a head: inputs [B, V, …], V views of each clip, and the classes [B]."""
+    """Clips for a head: inputs [B, V, …] with V views each, classes and places in the split [B]."""
 
     inputs_BV: Tensor
     labels_B: Tensor
+    index_B: Tensor
 
 
 class Inputs(Protocol):
@@ -32,19 +34,10 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judge:
-    """The clips that heads of a sweep are compared on."""
+    """Clips that the heads of a sweep are judged on."""
 
     inputs: Inputs
     order: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Accuracy:
-    """Shares of clips whose class is the likeliest, or among the five likeliest."""
-
-    top1: float
-    top5: float
-    num_clips: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +47,9 @@ class EpochScore:
     epoch: int
     loss: float
     train_top1: float
-    judged: Accuracy
+    heldout: Accuracy | None
+    """On the training clips that were held out, if any were."""
+    validation: Accuracy
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +59,24 @@ class FittedHead:
     head: nn.Module
     learning_rate: float
     weight_decay: float
-    curve: list[EpochScore]
+    curve: list[EpochScore] = field(default_factory=list)
+    best: Outcome | None = None
+    """On validation, after the first of the epochs with the highest accuracy there."""
+    last: Outcome | None = None
+    """On validation, after the last epoch."""
+
+    @property
+    def best_epoch(self) -> EpochScore:
+        """The first of the epochs with the highest accuracy on validation."""
+        return max(self.curve, key=lambda score: score.validation.top1)
+
+
+@dataclass(kw_only=True, slots=True)
+class BestWeights:
+    """The weights of the best head and epoch on validation so far, on the CPU."""
+
+    top1: float = -1.0
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +86,14 @@ class FitPlan:
     train: Inputs
     order: Tensor
     """Training clips used for fitting."""
-    judge: Judge
+    heldout: Judge | None
+    validation: Judge
     sweep: SweepConfig
     seed: int
     device: torch.device
     autocast: torch.dtype | None
-    judge_every: int = 1
-    """Epochs between judgements; the last epoch is always judged."""
+    keep_best: BestWeights | None = None
+    """Where the weights of the best epoch on validation go; nowhere if they are not wanted."""
 
 
 def fit_sweep(
@@ -104,7 +117,6 @@ def fit_sweep(
             head=_seeded(build, plan.seed).to(plan.device),
             learning_rate=learning_rate,
             weight_decay=weight_decay,
-            curve=[],
         )
         for learning_rate in sweep.learning_rates
         for weight_decay in sweep.weight_decays
@@ -117,22 +129,22 @@ def fit_sweep(
     for epoch in range(sweep.epochs):
         order = plan.order[torch.randperm(len(plan.order), generator=generator)]
         sums = _train_epoch(fitted, optimisers, plan, order=order, epoch=epoch)
-        last = epoch + 1 == sweep.epochs
-        if last or (epoch + 1) % plan.judge_every == 0:
-            _judge_epoch(fitted, plan, epoch=epoch, sums=sums)
+        _judge_epoch(fitted, plan, epoch=epoch, sums=sums)
         report(epoch + 1, sweep.epochs)
     return fitted
 
 
 @torch.no_grad()
-def accuracies(
+def outcomes(
     scorers: Sequence[Callable[[Tensor], Tensor]],
     judge: Judge,
     *,
     device: torch.device,
     batch: int = 64,
-) -> list[Accuracy]:
-    """Accuracy of each scorer on the same clips; scores are averaged over a clip's views.
+) -> list[Outcome]:
+    """What each scorer says of the same clips; scores are averaged over a clip's views.
+
+    No clip is left out: the last batch may be smaller.
 
     Args:
         scorers: From inputs [B · V, …] to class scores that may be averaged, [B · V, classes].
@@ -140,19 +152,13 @@ def accuracies(
         device: Where scorers compute.
         batch: Clips scored at once.
     """
-    hits_S2 = torch.zeros(len(scorers), 2, dtype=torch.int64)
-    num_clips = 0
+    parts: list[list[Outcome]] = [[] for _ in scorers]
     for part in judge.inputs.batches(judge.order, batch, epoch=None):
-        inputs, labels_B = part.inputs_BV.to(device), part.labels_B.to(device)
-        num_clips += len(labels_B)
-        for row, scorer in enumerate(scorers):
+        inputs = part.inputs_BV.to(device)
+        for found, scorer in zip(parts, scorers, strict=True):
             scores_BC = scorer(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]).mean(dim=1)
-            best_B5 = scores_BC.topk(min(5, scores_BC.shape[1]), dim=1).indices
-            right_B5 = best_B5 == labels_B[:, None]
-            hits_S2[row, 0] += right_B5[:, 0].sum().cpu()
-            hits_S2[row, 1] += right_B5.any(dim=1).sum().cpu()
-    shares = hits_S2.double() / max(num_clips, 1)
-    return [Accuracy(top1=one, top5=five, num_clips=num_clips) for one, five in shares.tolist()]
+            found.append(of_scores(scores_BC, part.labels_B, part.index_B))
+    return [joined(found) for found in parts]
 
 
 def head_scores(
@@ -210,16 +216,32 @@ def _judge_epoch(fitted: Sequence[FittedHead], plan: FitPlan, *, epoch: int, sum
     for one in fitted:
         one.head.eval()
     scorers = [head_scores(one.head, plan.device, plan.autocast) for one in fitted]
-    judged = accuracies(scorers, plan.judge, device=plan.device)
-    for one, (loss, correct, clips), accuracy in zip(fitted, sums.tolist(), judged, strict=True):
-        one.curve.append(
-            EpochScore(
-                epoch=epoch + 1,
-                loss=loss / max(clips, 1),
-                train_top1=correct / max(clips, 1),
-                judged=accuracy,
-            )
+    heldout: list[Accuracy | None] = [None] * len(fitted)
+    if plan.heldout is not None:
+        judged = outcomes(scorers, plan.heldout, device=plan.device)
+        heldout = [outcome.accuracy for outcome in judged]
+    validation = outcomes(scorers, plan.validation, device=plan.device)
+    for row, (loss, correct, clips) in enumerate(sums.tolist()):
+        one, outcome = fitted[row], validation[row]
+        score = EpochScore(
+            epoch=epoch + 1,
+            loss=loss / max(clips, 1),
+            train_top1=correct / max(clips, 1),
+            heldout=heldout[row],
+            validation=outcome.accuracy,
         )
+        if not one.curve or score.validation.top1 > one.best_epoch.validation.top1:
+            one.best = outcome
+        one.last = outcome
+        one.curve.append(score)
+        _keep(plan.keep_best, one.head, score.validation.top1)
+
+
+def _keep(best: BestWeights | None, head: nn.Module, top1: float) -> None:
+    if best is None or top1 <= best.top1:
+        return
+    best.top1 = top1
+    best.state = {name: t.detach().cpu().clone() for name, t in head.state_dict().items()}
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -24,11 +24,25 @@ class ProbeRequest:
     seeds: tuple[int, ...]
     out: Path
     """Folder of the results and of the features' cache; the run's `probes`."""
+    save_head: bool = False
+    """Keep the weights of the chosen attentive head of each seed, in `OUT/heads`."""
+    given_head: Path | None = None
+    """An attentive head that was fitted elsewhere; it is scored, and nothing is fitted."""
 
     @property
     def label(self) -> str:
         """What is probed, in progress bars."""
         return self.source.name if self.step is None else f"step {self.step}"
+
+    @property
+    def stem(self) -> str:
+        """Begins the names of all files of this checkpoint and task."""
+        step = "imported" if self.step is None else f"step{self.step:08d}"
+        return f"{self.task.name}-{step}-{self.which}"
+
+    def head_path(self, seed: int) -> Path:
+        """Where the weights of an attentive head are kept."""
+        return self.out / "heads" / f"{self.stem}-attentive-seed{seed}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +52,42 @@ class ProbeProgress:
     phase: str
     done: int
     total: int
+    note: str = ""
+    """Something to be told once, such as how large features will be; `phase` is empty then."""
 
 
 Report = Callable[[ProbeProgress], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore:
+    """One class on validation."""
+
+    name: str
+    num_clips: int
+    num_right: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HardClip:
+    """A validation clip to whose class the head gave little."""
+
+    key: str
+    position: int
+    """Place in the split."""
+    label: int
+    predicted: int
+    share: float
+    """What the right class got."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeRecord:
-    """One head with one seed on one checkpoint: the content of a file in `RUN/probes`."""
+    """One head with one seed on one checkpoint.
+
+    `RUN/probes/TASK-STEP-WHICH.json` holds those of one checkpoint and task: what they share once,
+    and the fields of `SCORE_FIELDS` for each under `scores`.
+    """
 
     checkpoint: str
     which: str
@@ -64,13 +106,25 @@ class ProbeRecord:
     num_train: int
     num_val: int
     num_classes: int
+    class_names: tuple[str, ...]
     num_faults: dict[str, int]
     """Videos of each split that could not be used."""
+    faults: list[dict[str, str]]
+    """All of them: split, key, path and reason."""
+    features: list[str]
+    """Size of the features, and where the attentive head's tokens came from."""
     rule: str
     """How the scored head was chosen."""
+    rules: list[dict[str, Any]]
+    """Name, words, choice, top1 and top5 by every rule, the task's own first."""
     choice: dict[str, float]
     curve: list[dict[str, float | None]]
-    sweep: list[dict[str, float]]
+    sweep: list[dict[str, float | None]]
+    """Every head of the sweep."""
+    per_class: list[ClassScore]
+    confusion: list[tuple[int, int, int]]
+    """(class, answer, clips) for every pair that occurs."""
+    hardest: list[HardClip]
     seconds: float
     """Fitting and scoring this head, without encoding that was done before."""
     encoder_digest: str
@@ -79,11 +133,14 @@ class ProbeRecord:
     written: float
     """Unix seconds."""
 
-    @property
-    def file_name(self) -> str:
-        """Name of the record's file; the same probe again replaces it."""
-        step = "imported" if self.step is None else f"step{self.step:08d}"
-        return f"{self.task}-{step}-{self.which}-{self.head}-seed{self.seed}.json"
+
+SCORE_FIELDS = frozenset(
+    {
+        *("head", "seed", "top1", "top5", "top1_interval", "num_train", "num_val", "rule", "rules"),
+        *("choice", "curve", "sweep", "per_class", "confusion", "hardest", "seconds"),
+    }
+)
+"""What belongs to one head and seed; everything else to the checkpoint and task."""
 
 
 def wilson_interval(share: float, num: int) -> tuple[float, float]:

@@ -25,6 +25,9 @@ class SsV2Data(Section):
     annotations: Path
     """Folder with `labels.json`, `train.json`, `validation.json` (or the older names, the same
     with `something-something-v2-` before them)."""
+    judged: Literal["validation", "test"] = "validation"
+    """Split that scores are taken on; `test` needs `test.json` and its answers, a file
+    `test-answers.csv` of lines `id;class in words`."""
 
 
 class CsvData(Section):
@@ -40,6 +43,30 @@ class CsvData(Section):
     """Folder that relative paths in the files start from; the folder of the file by default."""
     delimiter: str = Field(default=" ", min_length=1)
     """What stands between path and label; the last one of a line counts, so paths may have it."""
+
+
+class FolderData(Section):
+    """Videos or pictures in one folder per class, as ImageNet lies on disk."""
+
+    kind: Literal["folders"]
+    """`folders`: SPLIT/CLASS/file; classes are numbered by the alphabet of the training folders."""
+    train: Path
+    """Folder of the training classes."""
+    validation: Path
+    """Folder of the validation classes; each must be one of training."""
+
+
+class ShardData(Section):
+    """Datasets that `jepa prep run` made, whose samples carry their class."""
+
+    kind: Literal["shards"]
+    """`shards`: the class of a sample stands among the `labels` of its sidecar."""
+    train: tuple[Path, ...] = Field(min_length=1)
+    """Folders of the training datasets."""
+    validation: tuple[Path, ...] = Field(min_length=1)
+    """Folders of the validation datasets."""
+    label: str = "label"
+    """Name of the label that is the class; classes are numbered in the order of their names."""
 
 
 class ClipConfig(Section):
@@ -63,6 +90,10 @@ class ClipConfig(Section):
     pooling `cells`; 3 keeps 3 × 3 places, and nine times the numbers."""
     layers: tuple[int, ...] = ()
     """Encoder layers, counted from 0, whose normalised tokens are joined; none: the last."""
+    frame_order: Literal["forward", "shuffled", "reversed"] = "forward"
+    """Order in which the encoder sees the frames of a segment, in training as in validation.
+    `shuffled` puts them into an order drawn for each video: what is left of a score then comes
+    from single pictures, what is lost came from motion."""
 
     @model_validator(mode="after")
     def _one_rate(self) -> "ClipConfig":
@@ -137,7 +168,7 @@ class TaskConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Short name of the task; part of the names of its result files."""
-    data: Annotated[SsV2Data | CsvData, Field(discriminator="kind")]
+    data: Annotated[SsV2Data | CsvData | FolderData | ShardData, Field(discriminator="kind")]
     """Where the labelled videos are."""
     clip: ClipConfig
     """Which frames and crops the encoder sees."""
@@ -152,11 +183,13 @@ class TaskConfig(Section):
     augmentation: Augmentation = Augmentation()
     """What varies between passes; none by default, so that features are encoded once."""
     selection: Literal["heldout", "validation"] = "heldout"
-    """How the best of a sweep is chosen. `heldout`: on a part of the training clips, then scored
-    once on validation. `validation`: the best head and epoch on validation itself, as published
-    figures are; comparable with them, but too high by the luck of the best of many."""
-    heldout_share: float = Field(default=0.2, gt=0, lt=1)
-    """Part of the training clips that chooses the head under `selection: heldout`."""
+    """Which choice of the best of a sweep gives the task's score; both are reported. `heldout`
+    chooses on training clips that were held out and looks at validation once. `validation` takes
+    the best head and epoch on validation itself, as published figures are: comparable with them,
+    but too high by the luck of the best of many."""
+    heldout_share: float = Field(default=0.2, ge=0, lt=1)
+    """Part of the training clips that is held out to choose the head; with 0, as published, all are
+    fitted on and only the choice on validation is reported."""
     max_train: int | None = Field(default=None, ge=2)
     """Use at most this many training videos, drawn evenly over the classes; for quick runs."""
     max_validation: int | None = Field(default=None, ge=1)
@@ -169,6 +202,15 @@ class TaskConfig(Section):
     """Videos encoded at once."""
     decode_threads: int = Field(default=2, ge=1)
     """Threads that decode videos ahead of the encoder."""
+    tokens: Literal["auto", "cache", "encode"] = "auto"
+    """Where the attentive head's tokens come from: `cache` keeps them on disk, in bf16, whatever
+    their size; `encode` encodes every clip again in every epoch; `auto` keeps them where they fit
+    `token_cache_gib` and reading is estimated to be faster. Pooled features are always kept."""
     token_cache_gib: float = Field(default=8.0, ge=0)
-    """Tokens of a split are kept on disk, in fp16, if they fit into this; else the attentive head
-    encodes every clip again in every epoch. Pooled features are always kept."""
+    """The most that `tokens: auto` keeps of a split."""
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> "TaskConfig":
+        if self.selection == "heldout" and self.heldout_share == 0:
+            raise ValueError("`selection: heldout` needs a heldout_share above 0")
+        return self

@@ -21,6 +21,7 @@ STOP_FILE = "stop"
 QUARANTINE_FILE = "quarantine.jsonl"
 MLFLOW_FILE = "mlflow.json"
 PROBE_FOLDER = "probes"
+PROBE_PICTURES = "pictures"
 REPORT_FILE = "report.html"
 
 
@@ -108,18 +109,35 @@ def read_probes(run_dir: Path) -> tuple[ProbeScore, ...]:
         StorageError: If a file of the probe folder is no probe result.
     """
     paths = sorted((run_dir / PROBE_FOLDER).glob("*.json"))
-    scores = [_probe_score(path) for path in paths]
+    scores = [_probe_score(path, record) for path in paths for record in probe_records(path)]
     return tuple(sorted(scores, key=lambda score: (score.step or 0, score.name)))
 
 
-def _probe_score(path: Path) -> ProbeScore:
-    record = read_json_object(path)
-    if not isinstance(record.get("top1"), int | float):
+def probe_records(path: Path) -> list[dict[str, Any]]:
+    """The scores of one file of the probe folder, each with what they all share.
+
+    A file holds the scores of one checkpoint and task under `scores`; those of earlier versions
+    hold one score each.
+
+    Raises:
+        StorageError: If it is no probe result.
+    """
+    content = read_json_object(path)
+    scores = content.pop("scores", None)
+    records = [content] if scores is None else [{**content, **score} for score in scores]
+    if not all(isinstance(record.get("top1"), int | float) for record in records):
         raise StorageError(f"{path} is no probe result: it has no number `top1`.")
+    for record in records:
+        ending = f"-{record.get('head')}-seed{record.get('seed')}"
+        record["name"] = path.stem if scores is None else f"{path.stem}{ending}"
+    return records
+
+
+def _probe_score(path: Path, record: dict[str, Any]) -> ProbeScore:
     step = record.get("step")
     untrained = step == 0 or str(record.get("which")) == "untrained"
     return ProbeScore(
-        name=path.stem,
+        name=record["name"],
         task=str(record.get("task", "task")),
         head=str(record.get("head", "head")),
         step=step,
