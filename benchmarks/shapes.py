@@ -57,6 +57,8 @@ def shape_config(name: str, device: torch.device, **changes: Any) -> RunConfig:
         "global_batch": shape["micro_batch"],
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "stages": [{**stage, "name": name, "steps": 1000, "fps": 4.0, "learning_rate": rate}],
+        # The reference's rule, so that the sides are compared on what it trains on.
+        "masks": {"truncate": "min"},
         "objective": {
             "kind": "jepa",
             "encoder": shape["encoder"],

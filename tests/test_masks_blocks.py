@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 GRID = Grid(t=8, h=16, w=16)
 SHORT, LONG = REFERENCE_MASKS
-MASKS = MaskConfig()
+MASKS = MaskConfig(truncate="min")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_context_and_target_are_disjoint_ascending_and_never_empty(sides, seed, 
 
 def test_truncation_keeps_the_lowest_indices_of_each_clip():
     # Same first position, so the same block size: the clips' own places give the full sets.
-    batch = sample_masks(MaskConfig(blocks=(LONG,)), GRID, 5, range(40, 52))[0]
+    batch = sample_masks(MaskConfig(truncate="min", blocks=(LONG,)), GRID, 5, range(40, 52))[0]
     full = [_full_context(LONG, seed=5, first=40, position=p) for p in range(40, 52)]
     shortest = min(len(context) for context in full)
     assert batch.context_BK.tolist() == [context[:shortest] for context in full]
@@ -98,7 +98,7 @@ def test_truncation_keeps_the_lowest_indices_of_each_clip():
 
 
 def test_tubes_cover_the_same_places_in_every_time_step():
-    mask = sample_masks(MaskConfig(blocks=(SHORT,)), GRID, 3, [77])[0]
+    mask = sample_masks(MaskConfig(truncate="min", blocks=(SHORT,)), GRID, 3, [77])[0]
     is_context = torch.zeros(GRID.num_tokens, dtype=torch.bool)
     is_context[mask.context_BK[0]] = True
     is_context_TN = is_context.view(GRID.t, -1)
@@ -113,13 +113,15 @@ def test_masks_depend_on_seed_position_and_mask_index_and_nothing_else():
     assert _same(first, _draw(seed=7, number=3))
     assert not _same(first, _draw(seed=8, number=3))
     assert not _same(first, _draw(seed=7, number=4))
-    twins = sample_masks(MaskConfig(blocks=(SHORT, SHORT)), GRID, 7, range(8))
+    twins = sample_masks(MaskConfig(truncate="min", blocks=(SHORT, SHORT)), GRID, 7, range(8))
     assert not _same(twins[:1], twins[1:])
 
 
 def test_masks_of_a_fixed_seed_never_change():
     # A resume by a later version has to draw what this one drew.
-    mask = sample_masks(MaskConfig(blocks=(SHORT,)), Grid(t=2, h=4, w=4), 239, [0, 1])[0]
+    mask = sample_masks(
+        MaskConfig(truncate="min", blocks=(SHORT,)), Grid(t=2, h=4, w=4), 239, [0, 1]
+    )[0]
     assert mask.context_BK.tolist() == [
         [0, 1, 2, 3, 4, 5, 11, 12, 16, 17, 18, 19],
         [0, 4, 8, 9, 14, 15, 16, 20, 24, 25, 30, 31],
@@ -135,7 +137,9 @@ def test_neighbouring_seeds_positions_and_masks_place_their_blocks_independently
     patterns = [
         mask.context_BK[0].tolist()
         for seed, position in itertools.product(range(6), range(6))
-        for mask in sample_masks(MaskConfig(blocks=(SHORT, SHORT)), GRID, seed, [position])
+        for mask in sample_masks(
+            MaskConfig(truncate="min", blocks=(SHORT, SHORT)), GRID, seed, [position]
+        )
     ]
     assert len({tuple(pattern) for pattern in patterns}) == len(patterns)
 
@@ -145,7 +149,9 @@ def test_block_corners_are_uniform_over_all_places_inclusive():
     grid = Grid(t=1, h=4, w=4)
     counts = np.zeros((3, 3))
     for position in range(1800):
-        target = sample_masks(MaskConfig(blocks=(config,)), grid, 0, [position])[0].target_BK[0]
+        target = sample_masks(MaskConfig(truncate="min", blocks=(config,)), grid, 0, [position])[
+            0
+        ].target_BK[0]
         counts[int(target[0]) // 4, int(target[0]) % 4] += 1
     # 9 corners, 200 expected each; sigma is 13.3, so 4 sigma.
     assert counts == pytest.approx(200, abs=54)
@@ -153,10 +159,10 @@ def test_block_corners_are_uniform_over_all_places_inclusive():
 
 def test_time_after_max_temporal_keep_is_never_context():
     config = BlockMask(num_blocks=2, spatial_scale=(0.3, 0.3), max_temporal_keep=0.5)
-    mask = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, range(6))[0]
+    mask = sample_masks(MaskConfig(truncate="min", blocks=(config,)), GRID, 0, range(6))[0]
     assert int(mask.context_BK.max()) < 4 * 256
     last_half = torch.arange(4 * 256, 8 * 256)
-    single = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, [0])[0]
+    single = sample_masks(MaskConfig(truncate="min", blocks=(config,)), GRID, 0, [0])[0]
     assert torch.isin(last_half, single.target_BK[0]).all()
 
 
@@ -164,7 +170,9 @@ def test_partial_blocks_in_time_start_anywhere_and_stay_inside():
     config = BlockMask(num_blocks=1, spatial_scale=(0.2, 0.2), temporal_scale=(0.5, 0.5))
     starts = set()
     for position in range(60):
-        target = sample_masks(MaskConfig(blocks=(config,)), GRID, 0, [position])[0].target_BK[0]
+        target = sample_masks(MaskConfig(truncate="min", blocks=(config,)), GRID, 0, [position])[
+            0
+        ].target_BK[0]
         steps = (target // 256).unique()
         assert len(steps) == 4
         starts.add(int(steps[0]))
@@ -174,7 +182,9 @@ def test_partial_blocks_in_time_start_anywhere_and_stay_inside():
 def test_a_clip_without_context_is_drawn_again():
     # Two blocks of 3×4 tokens on 4×4 cover everything in half of all draws.
     config = BlockMask(num_blocks=2, spatial_scale=(0.7, 0.7), aspect_ratio=(0.75, 0.75))
-    mask = sample_masks(MaskConfig(blocks=(config,)), Grid(t=2, h=4, w=4), 0, range(64))[0]
+    mask = sample_masks(
+        MaskConfig(truncate="min", blocks=(config,)), Grid(t=2, h=4, w=4), 0, range(64)
+    )[0]
     assert mask.context_BK.shape == (64, 8)
 
 
@@ -192,7 +202,9 @@ def test_a_clip_without_context_is_drawn_again():
 )
 def test_impossible_masks_are_named_with_the_grid_and_a_remedy(config, side, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        sample_masks(MaskConfig(blocks=(config,)), Grid(t=2, h=side, w=side), 0, range(4))
+        sample_masks(
+            MaskConfig(truncate="min", blocks=(config,)), Grid(t=2, h=side, w=side), 0, range(4)
+        )
     assert "mask 0" in str(caught.value)
     assert "spatial_scale" in caught.value.remedy
 
@@ -239,6 +251,8 @@ def _full_context(config: BlockMask, *, seed: int, first: int, position: int) ->
     The blocks are tubes, and truncation never reaches the first time step, so what the target
     covers there is what it covers everywhere.
     """
-    pair = sample_masks(MaskConfig(blocks=(config,)), GRID, seed, [first, position])[0]
+    pair = sample_masks(
+        MaskConfig(truncate="min", blocks=(config,)), GRID, seed, [first, position]
+    )[0]
     covered = {index for index in pair.target_BK[1].tolist() if index < 256}
     return [index for index in range(GRID.num_tokens) if index % 256 not in covered]

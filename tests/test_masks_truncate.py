@@ -123,14 +123,14 @@ def test_stages_may_have_their_own_rule_or_their_own_masks():
     assert (own.truncate, own.blocks) == ("fixed", REFERENCE_MASKS[:1])
 
 
-def test_the_rule_is_one_key_of_a_run_and_a_list_of_masks_means_the_reference_rule(tmp_path):
+def test_the_rule_is_one_key_of_a_run_and_a_list_of_masks_means_the_default_rule():
     tiny = Path("pipeline/configs/tiny-cpu.yaml")
     words = ("masks.truncate=none", "stages.1.masks.truncate=fixed")
     config = load_config(tiny, RunConfig, words).config
     assert [config.masks_of(stage).truncate for stage in config.stages] == ["none", "fixed", "none"]
     assert config.masks.blocks == REFERENCE_MASKS
     listed = MaskConfig.model_validate([{"num_blocks": 2, "spatial_scale": [0.7, 0.7]}])
-    assert (listed.truncate, listed.blocks) == ("min", REFERENCE_MASKS[1:])
+    assert (listed.truncate, listed.blocks) == ("fixed", REFERENCE_MASKS[1:])
 
 
 def test_kept_tells_lengths_of_every_clip():

@@ -63,11 +63,11 @@ def _list_means_blocks(value: Any) -> Any:
 class MaskConfig(Section):
     """The masks of every clip; a bare list of masks means `blocks`."""
 
-    truncate: Truncate = "min"
-    """What happens to tokens so that the clips of a micro-batch keep equally many: `min` cuts all
+    truncate: Truncate = "fixed"
+    """What happens to tokens so that the clips of a micro-batch keep equally many: `fixed` keeps a
+    constant number for each mask and stage, dropped at random over the whole clip; `min` cuts all
     to the shortest of the micro-batch and keeps the earliest tokens (the reference's rule, which
-    hides the end of clips and depends on micro_batch); `fixed` keeps a constant number for each
-    mask and stage, dropped at random over the whole clip; `none` keeps all tokens."""
+    hides the end of clips and depends on micro_batch); `none` keeps all tokens."""
     blocks: tuple[BlockMask, ...] = Field(default=REFERENCE_MASKS, strict=False)
     """The masks, each of which is predicted on its own."""
 
