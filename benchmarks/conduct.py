@@ -107,6 +107,7 @@ def _take_turns(folder: Path, arguments: argparse.Namespace) -> list[_Turn]:
         conductor = _conduct(folder) if with_conductor else None
         time.sleep(arguments.seconds)
         if conductor is not None:
+            _wait_for_start(folder / "live", begin)
             conductor.send_signal(signal.SIGTERM)
             code = conductor.wait(_LIMIT_SECONDS)
             if code != ExitCode.SAVED_RUN_AGAIN:
@@ -127,6 +128,15 @@ def _wait_for_checkpoint(run_dir: Path) -> None:
     while len(list_commits(run_dir)) < 3:
         if time.monotonic() > deadline:
             raise SystemExit("the training saved nothing")
+        time.sleep(0.5)
+
+
+def _wait_for_start(run_dir: Path, begin: float) -> None:
+    """A turn ends only when the conductor has come to work: on a busy machine it may be loading."""
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not any(e.event == "begin" and e.time > begin for e in read_journal(run_dir)):
+        if time.monotonic() > deadline:
+            raise SystemExit("the conductor never began")
         time.sleep(0.5)
 
 

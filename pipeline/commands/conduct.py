@@ -15,6 +15,7 @@ from pipeline.commands import JsonFlag, print_json
 from pipeline.conduct.driver import Conductor, Summary, check_resources, is_idle, summed_up
 from pipeline.conduct.follow import Follow
 from pipeline.conduct.prepare import find_config, prepare_probes
+from pipeline.conduct.stop import StopSignals
 from pipeline.config.load import resolved_data
 from pipeline.errors import ExitCode, UsageError
 
@@ -54,7 +55,8 @@ def conduct(
     # Before Ray starts, whose processes inherit it.
     confine_worker(nice=settings.nice, hide_gpus=False)
     console = Console(stderr=True, highlight=False)
-    with ExitStack() as opened:
+    stop = StopSignals()
+    with stop.listening(), ExitStack() as opened:
         follows = []
         for run in folders:
             follow = Follow(run, settings, probes)
@@ -68,7 +70,7 @@ def conduct(
         else:
             ours = settings.ray
             with local_ray(ours.num_cpus, address, num_gpus=ours.num_gpus) as ray:
-                conductor = Conductor(follows, settings, ray, _teller(console))
+                conductor = Conductor(follows, settings, ray, stop, _teller(console))
                 summary = conductor.run(once=once)
     if json:
         print_json({"runs": [str(run) for run in folders], **asdict(summary)})

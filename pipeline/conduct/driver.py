@@ -1,11 +1,8 @@
 """The conductor: looks at runs, gives jobs to Ray, notes how they ended, until all is done."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -18,11 +15,11 @@ from pipeline.conduct.jobs import Job, Seen
 from pipeline.conduct.pool import Ended, Pool
 from pipeline.conduct.prepare import export_folder, export_request, probe_request
 from pipeline.conduct.settings import ConductConfig, Resources
+from pipeline.conduct.stop import StopSignals
 from pipeline.conduct.tasks import TaskNeeds
 from pipeline.errors import ConfigError, StorageError
 from pipeline.track.lease import OwnerError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Of a wait on Ray: a signal is obeyed within this.
 _WAIT_SECONDS = 0.5
 _LIGHT = Resources()
@@ -57,6 +54,7 @@ class Conductor:
         follows: The runs.
         config: What to do.
         ray: From `cluster.local_ray`.
+        stop: Which end it early.
         tell: Called with a line for people whenever something begins or ends.
     """
 
@@ -65,12 +63,11 @@ class Conductor:
         follows: Sequence[Follow],
         config: ConductConfig,
         ray: ModuleType,
+        stop: StopSignals,
         tell: Callable[[str], None],
     ) -> None:
         self._follows, self._config, self._tell = list(follows), config, tell
-        self._pool = Pool(ray, config.nice)
-        self._stop = threading.Event()
-        self._signal: str | None = None
+        self._pool, self._stop = Pool(ray, config.nice), stop
         self._judged: dict[Follow, float] = {}
         self._judging: set[Follow] = set()
 
@@ -80,14 +77,14 @@ class Conductor:
         Args:
             once: End when everything is done that can be now, whether or not runs go on.
         """
-        with self._listening():
-            while not self._stop.is_set():
-                self._begin(self._ready(once=once))
-                self._judge(once=once)
-                if not self._wait() and (once or self._is_over()):
-                    break
-            self._pool.cancel()
-        return summed_up(self._follows, once=once, stopped_by=self._signal)
+        self._stop.listen()  # Ray has taken some signals for itself
+        while not self._stop.is_set:
+            self._begin(self._ready(once=once))
+            self._judge(once=once)
+            if not self._wait() and (once or self._is_over()):
+                break
+        self._pool.cancel()
+        return summed_up(self._follows, once=once, stopped_by=self._stop.name)
 
     def _ready(self, *, once: bool) -> list[tuple[Follow, Job]]:
         """What can begin now, the most urgent of every run first."""
@@ -157,7 +154,7 @@ class Conductor:
         """Waits for something to do; false if nothing goes on and nothing is left to be done."""
         if len(self._pool):
             deadline = time.monotonic() + self._config.poll_seconds
-            while not self._stop.is_set() and time.monotonic() < deadline:
+            while not self._stop.is_set and time.monotonic() < deadline:
                 ended = self._pool.ended(_WAIT_SECONDS)
                 for one in ended:
                     self._conclude(one)
@@ -193,22 +190,6 @@ class Conductor:
         if hours is not None and time.time() - max(signs, default=0.0) > 3600.0 * hours:
             return True
         return all(follow.is_finished and not follow.has_news for follow in self._follows)
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Takes the signals while it works; Ray has taken some of them before."""
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self._signal is not None:
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
-        self._stop.set()
 
 
 def is_idle(follows: Sequence[Follow]) -> bool:
