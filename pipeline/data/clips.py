@@ -43,6 +43,10 @@ def make_order(config: DataConfig, datasets: Sequence[ShardIndex], seed: int) ->
         sizes=tuple(len(dataset) for dataset in datasets),
         weights=tuple(source.weight for source in config.sources),
         block=config.mixture_block,
+        tables=tuple(
+            dataset.weights if source.sample_weights else None
+            for source, dataset in zip(config.sources, datasets, strict=True)
+        ),
     )
 
 

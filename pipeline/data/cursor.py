@@ -5,7 +5,7 @@ saved is the identity of everything the order of clips depends on: if it differs
 same step would show other clips, and the run refuses instead of training on silently.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -26,6 +26,8 @@ class SourceIdentity:
     index_sha256: str
     num_samples: int
     weight: float
+    weights_sha256: str | None = None
+    """Of the weights that its samples are drawn by, if they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +102,7 @@ def data_identity(
                 index_sha256=dataset.manifest.index_sha256,
                 num_samples=len(dataset),
                 weight=source.weight,
+                weights_sha256=dataset.manifest.weights_sha256 if source.sample_weights else None,
             )
             for source, dataset in zip(config.sources, datasets, strict=True)
         ),
@@ -153,22 +156,34 @@ def _source_differences(saved: DataIdentity, current: DataIdentity) -> list[str]
         map(_content, saved.sources)
     ) != list(map(_content, current.sources)):
         return [f"the order of the sources changed: {_paths(saved)} became {_paths(current)}"]
-    differences = []
-    for number, (was, now) in enumerate(zip(saved.sources, current.sources, strict=True)):
-        name = f"source {number} ({now.path})"
-        if was.weight != now.weight:
-            differences.append(f"{name}: weight was {was.weight}, is {now.weight}")
-        if was.num_samples != now.num_samples:
-            differences.append(f"{name}: had {was.num_samples} samples, has {now.num_samples}")
-        elif was.index_sha256 != now.index_sha256:
-            differences.append(f"{name}: its index has other samples, or in another order")
-        elif was.digest != now.digest:
-            differences.append(f"{name}: its shards have other bytes behind the same index")
-    return differences
+    return [
+        f"source {number} ({now.path}): {difference}"
+        for number, (was, now) in enumerate(zip(saved.sources, current.sources, strict=True))
+        for difference in _one_source_differences(was, now)
+    ]
 
 
-def _content(source: SourceIdentity) -> tuple[str, float]:
-    return source.digest, source.weight
+def _one_source_differences(was: SourceIdentity, now: SourceIdentity) -> Iterator[str]:
+    if was.weight != now.weight:
+        yield f"weight was {was.weight}, is {now.weight}"
+    if was.weights_sha256 != now.weights_sha256:
+        yield f"its samples were drawn {_drawn(was)}, are drawn {_drawn(now)}"
+    if was.num_samples != now.num_samples:
+        yield f"had {was.num_samples} samples, has {now.num_samples}"
+    elif was.index_sha256 != now.index_sha256:
+        yield "its index has other samples, or in another order"
+    elif was.digest != now.digest:
+        yield "its shards have other bytes behind the same index"
+
+
+def _drawn(source: SourceIdentity) -> str:
+    if source.weights_sha256 is None:
+        return "all alike"
+    return f"by the weights {source.weights_sha256[:12]}"
+
+
+def _content(source: SourceIdentity) -> tuple[str, float, str]:
+    return source.digest, source.weight, source.weights_sha256 or ""
 
 
 def _paths(identity: DataIdentity) -> str:

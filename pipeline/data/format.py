@@ -38,6 +38,7 @@ from pipeline.data.rawfile import (
     map_records,
     parse_array,
 )
+from pipeline.data.weights import WeightTable, open_weights
 from pipeline.errors import DataError, StorageError
 
 __all__ = [
@@ -69,6 +70,7 @@ class ShardIndex:
 
     Attributes:
         damaged: Shards that were found damaged when the dataset was opened, by number.
+        weights: What samples are drawn in proportion to, if the manifest lists weights.
     """
 
     def __init__(self, *, path: Path, manifest: Manifest, records: np.ndarray) -> None:
@@ -76,6 +78,7 @@ class ShardIndex:
         self.manifest = manifest
         self.records = records
         self.damaged: dict[int, ShardDamage] = {}
+        self.weights: WeightTable | None = None
         self._open_shards: OrderedDict[int, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -110,6 +113,8 @@ class ShardIndex:
             )
         index = cls(path=path, manifest=manifest, records=map_records(index_path))
         index._check_count()
+        if verify and manifest.weights_sha256 is not None:
+            index.weights = open_weights(path, len(index), manifest.weights_sha256)
         if verify:
             check_places(index.records, manifest.shards, index_path)
             index.damaged = inspect_shards(path, manifest.shards, index.records, everything=False)
@@ -118,7 +123,7 @@ class ShardIndex:
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_reopen, (type(self), str(self.path), self.damaged))
+        return (_reopen, (type(self), str(self.path), self.damaged, self.weights))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -183,8 +188,11 @@ class ShardIndex:
         return _parsed(Sidecar.model_validate_json, payload, f"{record.key}.json")
 
     def read_captions(self, record: IndexRecord) -> tuple[Caption, ...]:
-        """The parsed `KEY.captions.json` of a sample; raises as `read_member`."""
+        """The captions of a sample; raises as `read_member`."""
         payload = self.read_member(record, Member.CAPTIONS)
+        if self.manifest.captions == "text":
+            text = " ".join(payload.decode("utf-8", "replace").split())
+            return (Caption(t0=0.0, t1=record.duration_seconds, text=text),)
         return _parsed(_CAPTIONS.validate_json, payload, f"{record.key}.captions.json")
 
     def read_array(self, record: IndexRecord, member: Member) -> np.ndarray:
@@ -239,10 +247,13 @@ def damage_error(path: Path, damaged: dict[int, ShardDamage]) -> DataError:
 
 
 def _reopen(
-    index_class: type[ShardIndex], path: str, damaged: dict[int, ShardDamage]
+    index_class: type[ShardIndex],
+    path: str,
+    damaged: dict[int, ShardDamage],
+    weights: WeightTable | None,
 ) -> ShardIndex:
     index = index_class.open(path, verify=False)
-    index.damaged = damaged
+    index.damaged, index.weights = damaged, weights
     return index
 
 

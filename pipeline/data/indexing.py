@@ -6,7 +6,6 @@ middle for the end of the archive and says nothing, so a shard could lose sample
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from pipeline.data.layout import (
     ShardEntry,
     Sidecar,
 )
-from pipeline.data.manifest import dataset_digest, file_sha256, write_durably
+from pipeline.data.manifest import dataset_digest, file_sha256, manifest_text, write_durably
 from pipeline.errors import DataError, StorageError, UsageError
 
 _MEMBERS = {suffix: member for member, suffix in SUFFIXES.items()}
@@ -106,8 +105,7 @@ def write_index(
         preparation=dict(preparation or {}),
     )
     write_durably(dataset_dir / INDEX_NAME, index_bytes)
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_durably(dataset_dir / MANIFEST_NAME, text.encode() + b"\n")
+    write_durably(dataset_dir / MANIFEST_NAME, manifest_text(manifest))
     return manifest
 
 

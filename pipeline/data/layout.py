@@ -7,6 +7,7 @@ every sample lies, so that any sample is one `pread` away:
     index.npy            one fixed-width `INDEX_DTYPE` row per sample, memory-mapped
     manifest.json        sizes and digests of all of it (`Manifest`)
     rejected.jsonl       one line per source that was refused
+    weights.npy          float32 sampling weights, one per sample, if the dataset is curated
 
 Reading it is `format.py`'s work, writing the index `indexing.py`'s.
 """
@@ -25,6 +26,7 @@ SCHEMA_VERSION = 1
 INDEX_NAME = "index.npy"
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
+WEIGHTS_NAME = "weights.npy"
 MAX_KEY_BYTES = 64
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,120}\.tar")
 # No dot (WebDataset ends the key at the first one), no slash, no leading dash.
@@ -166,6 +168,10 @@ class Manifest(Section):
     """Members that every sample has."""
     shards: tuple[ShardEntry, ...]
     """The shards, in the order of the index's shard numbers."""
+    weights_sha256: str | None = None
+    """SHA-256 of weights.npy, if samples are to be drawn in proportion to it."""
+    captions: Literal["json", "text"] = "json"
+    """Whether captions members are lists with times, or plain texts about the whole sample."""
     preparation: dict[str, JsonValue] = Field(default_factory=dict)
     """The settings that the dataset was prepared with."""
 

@@ -57,6 +57,16 @@ def dataset_digest(index_sha256: str, shards: Sequence[ShardEntry]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def manifest_text(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`; the same manifest gives the same bytes."""
+    # What is left out has its default: manifests that do not need a newer field stay as they were.
+    known = manifest.model_dump(mode="json")
+    for name in ("weights_sha256", "captions"):
+        if known[name] == Manifest.model_fields[name].default:
+            del known[name]
+    return json.dumps(known, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file.
 

@@ -6,6 +6,11 @@ the slots. How often a source has come up before a block is a closed formula, so
 found as fast as position 0 and nothing is stored but the position itself. A source is passed
 through in full, in a new order each time, before any of its samples comes again; small sources
 begin their next epoch earlier than large ones.
+
+A source whose samples have weights is drawn from systematically: an epoch of its N clips asks at N
+evenly spaced shares of the whole weight, in a permuted order, so a sample of weight w comes up
+⌊N·w/W⌋ or ⌈N·w/W⌉ times in every epoch. From epoch to epoch the shares are shifted by the golden
+ratio, so that what is rounded evens out as fast as it can.
 """
 
 import math
@@ -17,11 +22,13 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.clip import ClipRef
+from pipeline.data.weights import WeightTable
 from pipeline.errors import ConfigError, DataError
 
 _NUM_ROUNDS = 6  # Luby and Rackoff prove four; two more cost 2 µs and forgive the plain hash
 _MASK64 = (1 << 64) - 1
 _GOLDEN64 = 0x9E3779B97F4A7C15
+_MAX_DRAWS = 64
 
 
 class Purpose(IntEnum):
@@ -35,6 +42,7 @@ class Purpose(IntEnum):
     SUBSTITUTE = 3
     CLIP_START = 4
     CROP = 5
+    SAMPLE_WEIGHTS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +54,7 @@ class OrderSpec:
         sizes: Samples of each source.
         weights: Share of each source among the clips, in any unit.
         block: Slots per block, K.
+        tables: Weights of each source's samples, where it has them; none has if left out.
 
     Raises:
         DataError: A source has no samples.
@@ -56,6 +65,7 @@ class OrderSpec:
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     block: int = 1000
+    tables: tuple[WeightTable | None, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.weights) or not self.sizes:
@@ -91,7 +101,13 @@ def clip_ref(order: OrderSpec, position: int, attempt: int = 0) -> ClipRef:
     size = order.sizes[source]
     epoch, index = divmod(counter, size)
     sample = permute(index, size, _epoch_key(order.seed, source, epoch))
-    if attempt > 0 and size > 1:
+    table = order.tables[source] if order.tables else None
+    if table is not None:
+        shift = _unit(mix(order.seed, Purpose.SAMPLE_WEIGHTS, source) + epoch * _GOLDEN64)
+        sample = table.sample_at((sample + shift) / size)
+        if attempt > 0:
+            sample = _other_by_weight(order.seed, table, sample, position, attempt)
+    elif attempt > 0 and size > 1:
         # An offset of 1 … size - 1 never comes back to the sample that is bad.
         offset = mix(order.seed, Purpose.SUBSTITUTE, position, attempt) % (size - 1)
         sample = (sample + 1 + offset) % size
@@ -129,6 +145,23 @@ def mix(*words: int) -> int:
     for word in words:
         state = _finalise((state ^ (word & _MASK64)) + _GOLDEN64)
     return state
+
+
+def _other_by_weight(
+    seed: int, table: WeightTable, sample: int, position: int, attempt: int
+) -> int:
+    """A substitute, by weight as well; the same sample only if hardly another has any weight."""
+    other = sample
+    for draw in range(_MAX_DRAWS):
+        other = table.sample_at(_unit(mix(seed, Purpose.SUBSTITUTE, position, attempt, draw)))
+        if other != sample:
+            break
+    return other
+
+
+def _unit(bits: int) -> float:
+    """64 bits as a number in [0, 1)."""
+    return ((bits & _MASK64) >> 11) * 2.0**-53
 
 
 @lru_cache(maxsize=16)

@@ -16,6 +16,8 @@ class Source(Section):
     """Folder that `jepa prep run` wrote, with its manifest.json."""
     weight: float = Field(default=1.0, gt=0.0)
     """Share of the clips that come from here, relative to the other sources' weights."""
+    sample_weights: bool = True
+    """Draw samples in proportion to the dataset's weights.npy, if it has one; else all alike."""
 
 
 class DataConfig(Section):
