@@ -16,6 +16,7 @@ class BadReason(StrEnum):
     TOO_SMALL = "picture too small"
     TOO_SHORT = "too short"
     UNDECODABLE = "undecodable"
+    TRUNCATED = "truncated"
     TIME_LIMIT = "time limit"
     MEMORY_LIMIT = "memory limit"
     DAMAGED = "damaged"

@@ -78,7 +78,7 @@ class MediaInfo:
     max_gop_frames: int
     """Largest distance between keyframes, in frames."""
     partial: str | None
-    """Why decoding stopped before the end, if it did."""
+    """Why decoding stopped before the end, if it did, or how much of the file is missing."""
 
 
 def decode_frames(
@@ -139,6 +139,8 @@ def probe_media(
                     keyframes.append(len(times))
                 times.append(timed.seconds)
                 look(timed)
+            if decode_everything and (missing := reader.missing_bytes()):
+                partial = f"{BadReason.TRUNCATED}: its last {missing} bytes are missing"
         except BadMediaError as error:
             partial = str(error)
         found = _Found(

@@ -29,6 +29,7 @@ from av.video.reformatter import VideoReformatter  # noqa: F401 - for picture.py
 from av.video.stream import VideoStream
 
 from pipeline.data.badmedia import BadMediaError, BadReason
+from pipeline.data.completeness import missing_bytes
 from pipeline.data.confine import DecodeLimits
 
 # Below this a seek (it decodes the first frame twice) costs more than decoding straight on.
@@ -137,6 +138,10 @@ class MediaReader:
     def first_pts_seconds(self) -> float:
         """Presentation time of the first frame by the file's own clock; 0 before it is decoded."""
         return self._clock(self._first_pts or 0)
+
+    def missing_bytes(self) -> int:
+        """Bytes that the file lacks by its own account; ask when its frames have been read."""
+        return missing_bytes(self._file, self.container_name)
 
     def _decoded(self) -> Iterator[VideoFrame]:
         try:
