@@ -211,11 +211,14 @@ def _loss_sentence(
     ranks = _series([r for r in measured if r.stage == measured[-1].stage], "effective_rank")
     grew = " while the rank grew" if len(ranks) > 1 and ranks[-1] > ranks[0] else ""
     move = f"from {shape.first:.3g} to {shape.last:.3g}"
-    normal = (
-        "; that is normal here, since the teacher's features are the target and become harder to "
-        "guess as they grow richer."
-    )
-    end = normal if state == "healthy" else "."
+    end = "."
+    if state == "healthy" and grew:
+        end = (
+            "; that is normal here, since the teacher's features are the target and become harder "
+            "to guess as they grow richer."
+        )
+    elif state == "healthy":
+        end = "; by itself that says little, since the target moves with the teacher."
     told = {
         "not finite": "The loss is not finite.",
         "falling": f"The loss fell {move}; that alone proves nothing, only a probe does.",
