@@ -18,7 +18,7 @@ from launch.preflight.finding import Situation, bad_nodes
 from launch.preflight.table import render
 from pipeline.config.load import load_config
 from pipeline.environment import free_port, node_name, read_launch
-from pipeline.errors import ExitCode, PeerLostError, StorageError, UsageError
+from pipeline.errors import ExitCode, StorageError, UsageError
 from pipeline.files import write_atomically
 from pipeline.place import Launch
 from pipeline.plan.cluster import Cluster
@@ -82,7 +82,7 @@ def check(
     path = chosen.bad_nodes
     if path is None and at_start:
         path = run.runs_folder / f"{run.name}.bad-nodes"
-    outcome = _run(situation, path, chosen.seconds, quiet=json or at_start)
+    outcome = _run(situation, chosen.seconds, quiet=json or at_start)
     if launch.rank == 0:
         _show(outcome, time.monotonic() - begin, as_json=json)
         _write_bad_nodes(path, bad_nodes(outcome.findings))
@@ -102,17 +102,13 @@ def _must_be_possible(ranks: int | None, options: CheckOptions) -> None:
             raise UsageError(f"expected {name} of at least 1, got {value}")
 
 
-def _run(situation: Situation, path: Path | None, seconds: float, *, quiet: bool) -> Outcome:
+def _run(situation: Situation, seconds: float, *, quiet: bool) -> Outcome:
     console = Console(stderr=True)
     is_shown = situation.launch.rank == 0 and not quiet and console.is_terminal
     with console.status("starting") if is_shown else contextlib.nullcontext() as status:
-        try:
-            return run_preflight(
-                situation, seconds=seconds, say=status.update if status else lambda _words: None
-            )
-        except PeerLostError:
-            _blame_master(situation.launch, path)
-            raise
+        return run_preflight(
+            situation, seconds=seconds, say=status.update if status else lambda _words: None
+        )
 
 
 def _on_ranks(ranks: int) -> ExitCode:
@@ -150,11 +146,3 @@ def _write_bad_nodes(path: Path | None, nodes: list[str]) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
-
-
-def _blame_master(launch: Launch, path: Path | None) -> None:
-    """Rank 0 is not there to write down that it is missing."""
-    if path is None or launch.rank == 0 or path.exists():
-        return
-    name = launch.hosts[0] if launch.hosts else launch.master_address
-    _write_bad_nodes(path, [name])
