@@ -174,6 +174,8 @@ class Manifest(Section):
     """Whether captions members are lists with times, or plain texts about the whole sample."""
     preparation: dict[str, JsonValue] = Field(default_factory=dict)
     """The settings that the dataset was prepared with."""
+    figures: dict[str, JsonValue] = Field(default_factory=dict)
+    """Sources, codecs and histograms, as `data_prep/figures.py` counts them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,8 @@ def manifest_text(manifest: Manifest) -> bytes:
     for name in ("weights_sha256", "captions"):
         if known[name] == Manifest.model_fields[name].default:
             del known[name]
+    if not manifest.figures:
+        del known["figures"]
     return json.dumps(known, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
