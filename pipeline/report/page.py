@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.report.choices import choices_section
+from pipeline.report.confusion import confusion_section
 from pipeline.report.curves import features_section, loss_section, schedule_section, speed_section
 from pipeline.report.facts import RunFacts, gather
 from pipeline.report.features import FeatureMapRow
@@ -72,6 +73,7 @@ def render(
     body = (
         head(facts, comparisons),
         probe_section(facts, comparisons),
+        confusion_section(facts.run_dir),
         loss_section(facts),
         features_section(facts),
         maps_section(facts, feature_maps, left_out),
