@@ -164,6 +164,11 @@ VERBS = (
         help="Check a dataset's digests, tars, index and clips.",
     ),
     Verb(
+        words="prep index",
+        function="data_prep.adopt:index",
+        help="Make WebDataset tars of others trainable as they are.",
+    ),
+    Verb(
         words="prep preview",
         function="pipeline.commands.preview:preview",
         help="Draw clips of a dataset as the model gets them, stage by stage.",

@@ -116,7 +116,7 @@ class ShardIndex:
         if verify and manifest.weights_sha256 is not None:
             index.weights = open_weights(path, len(index), manifest.weights_sha256)
         if verify:
-            check_places(index.records, manifest.shards, index_path)
+            check_places(index.records, manifest.shards, manifest.members, index_path)
             index.damaged = inspect_shards(path, manifest.shards, index.records, everything=False)
             if index.damaged and on_damaged_shard == "stop":
                 raise damage_error(path, index.damaged)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from pydantic import JsonValue, ValidationError
@@ -74,6 +74,9 @@ def write_index(
     dataset_dir: Path,
     shards: Sequence[IndexedShard],
     preparation: Mapping[str, JsonValue] | None = None,
+    *,
+    captions: Literal["json", "text"] = "json",
+    figures: Mapping[str, JsonValue] | None = None,
 ) -> Manifest:
     """Writes index.npy and then manifest.json; the same shards give the same bytes.
 
@@ -103,6 +106,8 @@ def write_index(
         ),
         shards=entries,
         preparation=dict(preparation or {}),
+        figures=dict(figures or {}),
+        captions=captions,
     )
     write_durably(dataset_dir / INDEX_NAME, index_bytes)
     write_durably(dataset_dir / MANIFEST_NAME, manifest_text(manifest))
@@ -120,6 +125,21 @@ def build_index(dataset_dir: Path, preparation: Mapping[str, JsonValue] | None =
     if not paths:
         raise UsageError(f"{dataset_dir}: no shard (*.tar) in this folder")
     return write_index(dataset_dir, [index_shard(path) for path in paths], preparation)
+
+
+def check_tar_end(path: Path, file: BinaryIO, end: int, remedy: str) -> None:
+    """Makes sure that a tar ends at `end`: two blocks of zeros or more, and nothing after them.
+
+    Raises:
+        DataError: It goes on, or was cut off.
+    """
+    file.seek(end)
+    rest = file.read(1 << 20)
+    if len(rest) < 2 * _BLOCK_BYTES or rest.strip(b"\0") or file.read(1):
+        raise DataError(
+            f"{path}: damaged header or cut off at byte {end}: the archive does not end there",
+            remedy=remedy,
+        )
 
 
 def _samples(path: Path, file: BinaryIO) -> Iterator[dict[Member, tuple[str, MemberPlace, bytes]]]:
@@ -160,7 +180,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, Member, MemberPl
             end = tar.offset
     except tarfile.TarError as error:
         raise DataError(f"{path}: not a tar file: {error}", remedy=_WRITE_AGAIN) from error
-    _check_end(path, file, end)
+    check_tar_end(path, file, end, _WRITE_AGAIN)
 
 
 def _checked_member(path: Path, info: tarfile.TarInfo) -> Member:
@@ -177,17 +197,6 @@ def _checked_member(path: Path, info: tarfile.TarInfo) -> Member:
             remedy=_WRITE_AGAIN,
         )
     return member
-
-
-def _check_end(path: Path, file: BinaryIO, end: int) -> None:
-    """A tar ends with at least two blocks of zeros and nothing after them."""
-    file.seek(end)
-    rest = file.read(1 << 20)
-    if len(rest) < 2 * _BLOCK_BYTES or rest.strip(b"\0") or file.read(1):
-        raise DataError(
-            f"{path}: damaged header or cut off at byte {end}: the archive does not end there",
-            remedy=_WRITE_AGAIN,
-        )
 
 
 def _row(path: Path, sample: dict[Member, tuple[str, MemberPlace, bytes]]) -> tuple[object, ...]:

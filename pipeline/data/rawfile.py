@@ -4,7 +4,7 @@ import io
 import os
 import stat
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def map_records(path: Path) -> np.ndarray:
     return records
 
 
-def check_places(records: np.ndarray, shards: Sequence[ShardEntry], name: Path) -> None:
+def check_places(
+    records: np.ndarray, shards: Sequence[ShardEntry], required: Collection[str], name: Path
+) -> None:
     """Checks that every member of every sample lies inside its shard and is not too large.
 
     Raises:
@@ -82,7 +84,7 @@ def check_places(records: np.ndarray, shards: Sequence[ShardEntry], name: Path) 
         # Not offset + length > limit: a hostile offset near 2^64 would wrap around.
         wrong = (offsets > limits) | (lengths > limits - np.minimum(offsets, limits))
         wrong |= lengths > MAX_MEMBER_BYTES[member]
-        if member in (Member.VIDEO, Member.SIDECAR):
+        if member is Member.VIDEO or member in required:
             wrong |= lengths == 0
         if wrong.any():
             raise DataError(
