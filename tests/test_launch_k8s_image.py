@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -144,14 +145,16 @@ def test_everything_that_is_copied_is_there_and_sent_to_the_engine():
 def test_every_library_of_the_image_is_pinned():
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").open()}
     pinned = {re.sub(r"[-_.]+", "-", name) for name in pinned}
-    seen, wanted = set[str](), [("jepa-pipeline", extra) for extra in EXTRAS]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    seen, wanted = set[str](), among([*project["dependencies"], *lines], "")
     while wanted:
         name, extra = wanted.pop()
         if f"{name}[{extra}]" in seen:
             continue
         seen.add(f"{name}[{extra}]")
         wanted += needs(name, extra)
-    names = {key.partition("[")[0] for key in seen} - {"jepa-pipeline"}
+    names = {key.partition("[")[0] for key in seen}
     missing = {name for name in names - pinned if not name.startswith(NOT_LISTED)}
     assert not missing
     assert {"torch", "deepspeed", "ray", "av", "s3fs", "h5py"} < names
@@ -163,6 +166,11 @@ def needs(name: str, extra: str) -> list[tuple[str, str]]:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
+    return among(lines, extra)
+
+
+def among(lines: list[str], extra: str) -> list[tuple[str, str]]:
+    """Name and extras of each library that is wanted here."""
     found = []
     for requirement in map(Requirement, lines):
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):

@@ -207,7 +207,7 @@ def losses(folder) -> list[float]:
 
 
 def losses_of(run: Path) -> list[float]:
-    by_step = {record.step: record.loss for record in read_metrics(run)}
+    by_step = {step.report.step: step.report.loss for step in read_metrics(run)}
     return [by_step[step] for step in range(1, NUM_STEPS + 1)]
 
 
