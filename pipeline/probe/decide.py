@@ -19,6 +19,7 @@ _CORE_FLOPS, _GPU_FLOPS = 2e10, 1e14
 _DISK_BYTES = 1e9
 _FRAME_SECONDS = 2e-3
 _GIB = 2**30
+_NOT_NEEDED = "no head needs them"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +42,13 @@ class TokenPlan:
     @property
     def words(self) -> str:
         """One sentence for people, before anything is encoded."""
+        pooled = _size(self.pooled_gib)
+        if self.why == _NOT_NEEDED:
+            return f"{self.split}: pooled features of {self.num_videos} videos are {pooled}"
         kept = "kept on disk" if self.keep_tokens else "encoded in every epoch"
         return (
             f"{self.split}: tokens of {self.num_videos} videos are {_size(self.token_gib)} in "
-            f"bf16, pooled features {_size(self.pooled_gib)}; tokens are {kept}, {self.why}"
+            f"bf16, pooled features {pooled}; tokens are {kept}, {self.why}"
         )
 
 
@@ -79,7 +83,7 @@ def plan_tokens(asked: Extraction, *, num_seeds: int, is_varied: bool) -> TokenP
 
 def without_tokens(plan: TokenPlan) -> TokenPlan:
     """The plan where no head needs tokens."""
-    return replace(plan, keep_tokens=False, why="no head needs them")
+    return replace(plan, keep_tokens=False, why=_NOT_NEEDED)
 
 
 def _choice(
