@@ -160,7 +160,7 @@ def _figures(run_dir: Path, turns: list[_Turn]) -> dict[str, Any]:
         "step_ms_beside": round(1000 * beside, 2),
         "load_share": round(share, 4),
         "goal_share": _GOAL_SHARE,
-        "is_met": share <= _GOAL_SHARE,
+        "is_met": share <= _GOAL_SHARE and bool(done),
         "turns_ms_alone": [round(1000 * value, 2) for value in medians[False]],
         "turns_ms_beside": [round(1000 * value, 2) for value in medians[True]],
         "jobs_done": {kind: sum(e.key.startswith(kind) for e in done) for kind in kinds},
