@@ -1,34 +1,36 @@
-"""The Ray driver: hands parts to workers, a bounded number at a time, and survives their deaths.
+"""The Ray driver: hands work to workers, a bounded number at a time, and survives their deaths.
 
-A worker that dies costs its part only: the part is done again, and a video at which workers died
-twice is left out and reported. Ray itself never retries, because it would not know which video
-to blame.
+A worker that dies costs the item in hand only: it is done again, and a source at which workers
+died twice is refused and reported. Ray itself never retries, because it would not know which
+source to blame.
 """
 
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from data_prep.ledger import Ledger
-from data_prep.part import PartJob, PartReport, prepare_part
-from pipeline.cluster import local_ray
+from data_prep.item import ItemDone, ItemJob, prepare_item
+from data_prep.pack import ShardJob, pack_shard
 from pipeline.errors import DataError, JepaError
 
-# One part waits at each worker, so that none stands still between two.
-_PARTS_PER_CPU = 2
+# One job waits at each worker, so that none stands still between two; no more are in memory.
+_JOBS_PER_CPU = 2
 _POLL_SECONDS = 1.0
-_DEATHS_PER_SOURCE = 2
-_DEATHS_WITHOUT_SOURCE = 3
-# A worker is at a video for two passes at most; after that it hangs inside the decoder.
+_DEATHS_PER_ITEM = 2
+_DEATHS_WITHOUT_ITEM = 3
+# A worker is at a source for two passes at most; after that it hangs inside the decoder.
 _PASSES = 2
 _SLACK_SECONDS = 60.0
+
+Job = TypeVar("Job", ItemJob, ShardJob)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,29 +43,53 @@ class Workers:
     """A running Ray cluster to join instead."""
 
 
-def run_parts(
-    jobs: Sequence[PartJob], workers: Workers, on_done: Callable[[PartReport], None]
-) -> None:
-    """Prepares all parts; `on_done` gets each report as it comes, in any order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResources:
+    """What one task of a stage asks Ray for."""
 
-    Raises:
-        StorageError: The dataset's folder cannot be written.
-        DataError: Workers die again and again before they reach a video.
-        Stopped: On SIGTERM; a Ctrl-C is the KeyboardInterrupt it always is.
-    """
-    if not jobs:
-        return
-    with local_ray(workers.num_cpus, workers.address) as ray, _stopped_by_sigterm():
-        _Crew(ray, jobs).run(on_done)
+    num_cpus: float
+
+
+# Decoder and encoder run on one thread; whoever packs waits for the disk most of the time.
+ITEM_RESOURCES = StageResources(num_cpus=1)
+SHARD_RESOURCES = StageResources(num_cpus=0.5)
 
 
 class Stopped(KeyboardInterrupt):
-    """A scheduler asked this process to end; finished parts are kept."""
+    """A scheduler asked this process to end; finished items are kept."""
+
+
+def run_items(
+    ray: ModuleType, jobs: Iterator[ItemJob], on_done: Callable[[ItemDone], None]
+) -> None:
+    """Prepares all items; `on_done` gets each record as it comes, in any order.
+
+    `jobs` is asked for the next one only when a worker can take it.
+
+    Raises:
+        StorageError: The dataset's folder cannot be written.
+        DataError: Workers die again and again before they reach a source.
+    """
+    _Items(ray, prepare_item, ITEM_RESOURCES, jobs).run(on_done)
+
+
+def run_shards(ray: ModuleType, jobs: Iterator[ShardJob], on_done: Callable[[int], None]) -> None:
+    """Packs all shards; `on_done` gets each one's number as it is published, in any order.
+
+    Raises:
+        StorageError: The dataset's folder cannot be read or written.
+        DataError: An item is not what it was, or workers die again and again.
+    """
+    _Crew(ray, pack_shard, SHARD_RESOURCES, jobs).run(on_done)
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Ray's own handler ends the process on the spot and leaves its files behind."""
+def stopped_by_sigterm() -> Iterator[None]:
+    """Ray's own handler ends the process on the spot and leaves its files behind.
+
+    Raises:
+        Stopped: On SIGTERM; a Ctrl-C is the KeyboardInterrupt it always is.
+    """
     received: list[int] = []
 
     def stop(*signal_and_frame: Any) -> None:
@@ -85,31 +111,69 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-class _Crew:
-    """The parts that wait, those in flight, and how often a worker died at what."""
+class _Crew(Generic[Job, Result]):
+    """The jobs in flight, and how often workers died."""
 
-    def __init__(self, ray: ModuleType, jobs: Sequence[PartJob]) -> None:
+    def __init__(
+        self,
+        ray: ModuleType,
+        function: Callable[[Job], Result],
+        resources: StageResources,
+        jobs: Iterator[Job],
+    ) -> None:
         self._ray = ray
-        self._task = ray.remote(num_cpus=1, max_retries=0)(prepare_part)
-        self._waiting = deque(jobs)
-        self._running: dict[Any, PartJob] = {}
-        self._deaths: Counter[tuple[int, str]] = Counter()
-        num_cpus = int(ray.cluster_resources().get("CPU", 1))
-        self._max_running = max(2, _PARTS_PER_CPU * num_cpus)
+        self._task = ray.remote(num_cpus=resources.num_cpus, max_retries=0)(function)
+        self._jobs = jobs
+        self._again: deque[Job] = deque()
+        self._running: dict[Any, Job] = {}
+        self._deaths: Counter[str] = Counter()
+        num_at_a_time = int(ray.cluster_resources().get("CPU", 1) / resources.num_cpus)
+        self._max_running = max(2, _JOBS_PER_CPU * num_at_a_time)
 
-    def run(self, on_done: Callable[[PartReport], None]) -> None:
-        while self._waiting or self._running:
-            while self._waiting and len(self._running) < self._max_running:
-                job = self._waiting.popleft()
-                self._running[self._task.remote(job)] = job
-            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
-            for task in done:
-                report = self._outcome(task, self._running.pop(task))
-                if report is not None:
-                    on_done(report)
-            self._end_hanging()
+    def run(self, on_done: Callable[[Result], None]) -> None:
+        """Until nothing waits and nothing runs."""
+        try:
+            while self._fill() or self._running:
+                done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+                for task in done:
+                    result = self._outcome(task, self._running.pop(task))
+                    if result is not None:
+                        on_done(result)
+                self.end_hanging(self._running)
+        finally:
+            # Only where something went wrong is anything left; nobody waits for it any more.
+            for task in self._running:
+                self._ray.cancel(task, force=True)
 
-    def _outcome(self, task: Any, job: PartJob) -> PartReport | None:
+    def after_death(self, job: Job, error: Exception) -> Job:
+        """What to do again after the worker of a job died."""
+        self.count_death("", _DEATHS_WITHOUT_ITEM, error)
+        return job
+
+    def end_hanging(self, running: dict[Any, Job]) -> None:
+        """Ends workers that have been at a job for longer than it can take."""
+
+    def count_death(self, blamed: str, limit: int, error: Exception) -> bool:
+        """Whether this is one death too many; an error if nobody is to blame for them."""
+        self._deaths[blamed] += 1
+        if self._deaths[blamed] < limit:
+            return False
+        if blamed:
+            return True
+        raise DataError(
+            f"workers died {limit} times without having begun: {str(error).splitlines()[0]}",
+            remedy="Look for a lack of memory; --workers 1 needs less.",
+        ) from error
+
+    def _fill(self) -> bool:
+        while len(self._running) < self._max_running:
+            job = self._again.popleft() if self._again else next(self._jobs, None)
+            if job is None:
+                return False
+            self._running[self._task.remote(job)] = job
+        return True
+
+    def _outcome(self, task: Any, job: Job) -> Result | None:
         errors = self._ray.exceptions
         try:
             return self._ray.get(task)
@@ -124,32 +188,35 @@ class _Crew:
             errors.OutOfMemoryError,
             errors.NodeDiedError,
         ) as error:
-            self._waiting.appendleft(self._after_death(job, error))
+            self._again.append(self.after_death(job, error))
             return None
 
-    def _after_death(self, job: PartJob, error: Exception) -> PartJob:
-        marker = Ledger(Path(job.dataset_dir)).marker_path(job.number)
-        source = marker.read_text() if marker.exists() else ""
+
+class _Items(_Crew[ItemJob, ItemDone]):
+    """Items, of which one may kill whoever works on it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._begun: dict[str, float] = {}
+
+    def after_death(self, job: ItemJob, error: Exception) -> ItemJob:
+        """Blames the source if its worker had begun with it and was not lost with its machine."""
+        marker = Path(job.marker)
+        begun = marker.exists() and not isinstance(error, self._ray.exceptions.NodeDiedError)
         marker.unlink(missing_ok=True)
-        self._deaths[job.number, source] += 1
-        deaths = self._deaths[job.number, source]
-        if source and deaths >= _DEATHS_PER_SOURCE:
-            return replace(job, deadly=job.deadly | {source})
-        if not source and deaths >= _DEATHS_WITHOUT_SOURCE:
-            raise DataError(
-                f"part {job.number}: its worker died {deaths} times before its first video: "
-                f"{str(error).splitlines()[0]}",
-                remedy="Look for a lack of memory; --workers 1 needs less.",
-            ) from error
+        self._begun.pop(job.item, None)
+        if not begun:
+            self.count_death("", _DEATHS_WITHOUT_ITEM, error)
+        elif self.count_death(job.item, _DEATHS_PER_ITEM, error):
+            return replace(job, refuse="twice, while at this source")
         return job
 
-    def _end_hanging(self) -> None:
-        for task, job in self._running.items():
-            marker = Ledger(Path(job.dataset_dir)).marker_path(job.number)
+    def end_hanging(self, running: dict[Any, ItemJob]) -> None:
+        """Ends workers whose marker has been there for too long by the driver's own clock."""
+        now = time.monotonic()
+        there = {job.item for job in running.values() if Path(job.marker).exists()}
+        self._begun = {item: self._begun.get(item, now) for item in there}
+        for task, job in running.items():
             limit = _PASSES * job.settings.time_limit_seconds + _SLACK_SECONDS
-            try:
-                hangs = time.time() - marker.stat().st_mtime > limit
-            except FileNotFoundError:
-                continue
-            if hangs:
+            if job.item in there and now - self._begun[job.item] > limit:
                 self._ray.cancel(task, force=True)

@@ -1,187 +1,249 @@
-"""What is already done: the plan of a dataset and one record per finished shard.
+"""What a preparation has to do and has done: one database and one file per finished source.
 
-Lies in the hidden folder `.prep` of the dataset. A shard counts as done when its record is there,
-which is written after the shard has its final name; anything else is done again from scratch.
+All lies in the hidden folder `.prep` of the dataset. A source's work is done when its file in
+`items` is there, which is written whole or not at all by whoever did it. The database is the
+driver's own: the list of sources in order, what became of each, and which segment goes into which
+shard. It is only ever behind the files, so losing its last moments costs nothing; and since it
+sorts and counts on disk, a million sources need no more memory than a hundred.
 """
 
-import io
-import os
-import shutil
-from collections.abc import Sequence
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from pydantic import JsonValue, ValidationError
-
+from data_prep.ledger_file import claimed_database
+from data_prep.records import ItemRecord, Rejection, Source, item_id
 from data_prep.settings import PrepSettings
-from data_prep.sources import Source, inputs_digest
-from pipeline.config.section import Section
-from pipeline.data.format import INDEX_DTYPE
-from pipeline.data.indexing import IndexedShard
-from pipeline.data.layout import INDEX_NAME, MANIFEST_NAME, REJECTED_NAME, ShardEntry
-from pipeline.data.manifest import write_durably
-from pipeline.errors import StorageError, UsageError
+from pipeline.data.badmedia import BadReason
+from pipeline.errors import UsageError
 
-_FOLDER = ".prep"
-_PLAN_NAME = "plan.json"
+FOLDER = ".prep"
+_ROWS_AT_A_TIME = 256
 
 
-class Rejection(Section):
-    """One source that gave no sample, or not all it promised; a line of rejected.jsonl."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """What listing the sources came to."""
 
-    source: str
-    """Name of the video."""
-    reason: str
-    """Short reason, one of `BadReason`."""
-    detail: str
-    """What exactly was found."""
-    kept_samples: int = 0
-    """Samples made of the part that does decode."""
-
-
-class PartRecord(Section):
-    """What one part of the sources became."""
-
-    inputs: str
-    """Digest of its sources and of the settings."""
-    shard: ShardEntry | None
-    """The shard; none if no source of this part was accepted."""
     num_sources: int
-    """Videos of this part."""
-    rejections: tuple[Rejection, ...]
-    """Videos that were refused or are partial."""
-
-
-class Plan(Section):
-    """What a dataset folder is meant to hold."""
-
-    settings: dict[str, JsonValue]
-    """How the videos are prepared."""
-    num_sources: int
-    """Videos to prepare."""
-    source_bytes: int
-    """Their size."""
-    inputs: str
-    """Digest of all sources and of the settings."""
+    num_new: int
+    """Those that the dataset did not have yet."""
 
 
 class Ledger:
-    """The hidden folder of one dataset."""
+    """The hidden folder of one dataset; one process at a time holds it, until `open` ends."""
 
-    def __init__(self, dataset_dir: Path) -> None:
+    def __init__(self, dataset_dir: Path, database: sqlite3.Connection) -> None:
         self.dataset_dir = dataset_dir
-        self.folder = dataset_dir / _FOLDER
+        self.folder = dataset_dir / FOLDER
+        self.database = database
 
-    def begin(self, sources: Sequence[Source], settings: PrepSettings, *, overwrite: bool) -> None:
-        """Claims the dataset's folder for these sources and settings, or continues with them.
+    @classmethod
+    @contextmanager
+    def open(
+        cls, dataset_dir: Path, settings: PrepSettings, *, overwrite: bool = False
+    ) -> Iterator["Ledger"]:
+        """Claims a dataset's folder, or continues with what is there.
 
         Raises:
-            UsageError: The folder holds something else and `overwrite` is not set.
-            StorageError: The folder cannot be written.
+            UsageError: The folder holds something else, was prepared with other settings, or
+                another process is at work in it.
+            StorageError: It cannot be written.
         """
-        plan = Plan(
-            settings=settings.as_json(),
-            num_sources=len(sources),
-            source_bytes=sum(source.num_bytes for source in sources),
-            inputs=inputs_digest(sources, settings),
+        with claimed_database(dataset_dir, dataset_dir / FOLDER, overwrite=overwrite) as database:
+            ledger = cls(dataset_dir, database)
+            ledger._check_settings(settings)
+            yield ledger
+
+    def item_path(self, item: str) -> Path:
+        """Where the finished work of a source lies until it is packed."""
+        return self.folder / "items" / item[:2] / f"{item}.tar"
+
+    def marker_path(self, item: str) -> Path:
+        """There while a worker is at a source; holds the worker's process number."""
+        return self.folder / "running" / item
+
+    def shard_path(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.dataset_dir / f"shard-{number:06d}.tar"
+
+    def shard_rows(self, number: int) -> Path:
+        """Where the index's rows of a published shard lie; its entry beside it as `.json`."""
+        return self.folder / "shards" / f"shard-{number:06d}.npy"
+
+    def add_sources(self, sources: Iterable[Source], settings: PrepSettings) -> Listed:
+        """Takes in all sources, or none if anything is wrong with them.
+
+        Raises:
+            UsageError: Two sources have one name, or a known name now stands for another file.
+        """
+        text = settings.digest_text()
+        new = total = 0
+        self.database.execute("DROP TABLE IF EXISTS temp.named")
+        self.database.execute(
+            "CREATE TEMP TABLE named (name TEXT PRIMARY KEY, place TEXT NOT NULL) WITHOUT ROWID"
         )
-        path = self.folder / _PLAN_NAME
-        if overwrite:
-            self._clear()
-        elif path.exists():
-            _check_same(_read_plan(path), plan, settings, self.dataset_dir)
-        elif self.dataset_dir.is_dir() and any(self.dataset_dir.iterdir()):
-            raise UsageError(
-                f"{self.dataset_dir} is not empty and was not prepared by `jepa prep run`",
-                remedy="Give --out a new or empty folder.",
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.folder}: cannot be made: {error.strerror}") from error
-        for leftover in self.folder.glob("*.partial*"):
-            leftover.unlink(missing_ok=True)
-        write_durably(path, plan.model_dump_json(indent=1).encode() + b"\n")
+        with self.database:
+            for source in sources:
+                if self._is_first(source):
+                    total += 1
+                    new += self._add(source, item_id(source, text))
+        return Listed(num_sources=total, num_new=new)
 
-    def shard_path(self, part: int) -> Path:
-        """Where the shard of part number `part` goes."""
-        return self.dataset_dir / f"shard-{part:06d}.tar"
+    def add_other(self, name: str, reason: str) -> None:
+        """Notes a file or folder that was found and is no source."""
+        self.database.execute("INSERT OR REPLACE INTO other VALUES (?, ?)", (name, reason))
 
-    def partial_path(self, part: int) -> Path:
-        """Where this process writes that shard until it is whole."""
-        return self.folder / f"part-{part:06d}.{os.getpid()}.partial"
+    def pending(self) -> Iterator[tuple[Source, str]]:
+        """Sources that are not done and their items, by name, read as they are asked for."""
+        last: str | None = ""
+        while last is not None:
+            rows = self.database.execute(
+                "SELECT name, item, spec FROM source WHERE done = 0 AND name > ? "
+                "ORDER BY name LIMIT ?",
+                (last, _ROWS_AT_A_TIME),
+            ).fetchall()
+            for _, item, spec in rows:
+                yield Source.from_json(spec), item
+            last = rows[-1][0] if rows else None
 
-    def marker_path(self, part: int) -> Path:
-        """Holds the source that the worker of a part is at, for the case that it dies."""
-        return self.folder / f"part-{part:06d}.current"
+    def note(self, record: ItemRecord) -> None:
+        """Takes in what became of a source; a segment keeps the shard it was given before."""
+        self.database.execute(
+            "UPDATE source SET done = 1, record = ? WHERE name = ?",
+            (record.model_dump_json(), record.source),
+        )
+        self.database.execute("DELETE FROM rejection WHERE source = ?", (record.source,))
+        self.database.executemany(
+            "INSERT INTO rejection VALUES (?, ?, ?, ?)",
+            [
+                (record.source, number, str(rejection.reason), rejection.model_dump_json())
+                for number, rejection in enumerate(record.rejections)
+            ],
+        )
+        self.database.executemany(
+            "INSERT INTO segment (source, number, key, bytes, seconds, width, height, sha256, "
+            "hashes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [
+                (
+                    record.source, s.number, s.key, s.num_bytes, s.end_seconds - s.start_seconds,
+                    s.width, s.height, s.video_sha256, "".join(s.figures.hashes),
+                )
+                for s in record.segments
+            ],
+        )  # fmt: skip
 
-    def write(self, part: int, record: PartRecord, rows: np.ndarray) -> None:
-        """Records that a part is done; its shard has its final name already."""
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, rows, version=(1, 0), allow_pickle=False)
-        write_durably(self.folder / f"part-{part:06d}.npy", buffer.getvalue())
-        text = record.model_dump_json(indent=1)
-        write_durably(self.folder / f"part-{part:06d}.json", text.encode() + b"\n")
-        self.marker_path(part).unlink(missing_ok=True)
+    def records(self) -> Iterator[ItemRecord]:
+        """What became of every source that is done, by name, with the segments that are kept."""
+        rows = self.database.execute(
+            "SELECT record, (SELECT group_concat(number) FROM segment WHERE source = name AND "
+            "original IS NOT NULL) FROM source WHERE done = 1 ORDER BY name"
+        )
+        for text, left_out in rows:
+            record = ItemRecord.model_validate_json(text)
+            if left_out is None:
+                yield record
+                continue
+            numbers = {int(number) for number in left_out.split(",")}
+            kept = tuple(one for one in record.segments if one.number not in numbers)
+            yield record.model_copy(update={"segments": kept})
 
-    def read(self, part: int, inputs: str) -> PartRecord | None:
-        """The record of a part, if it was done from just these inputs and its shard is there."""
-        try:
-            text = (self.folder / f"part-{part:06d}.json").read_bytes()
-            record = PartRecord.model_validate_json(text)
-            if record.shard is not None:
-                size = self.shard_path(part).stat().st_size
-                if size != record.shard.bytes:
-                    return None
-        except (OSError, ValidationError):
-            return None
-        return record if record.inputs == inputs else None
+    def rejections(self) -> Iterator[Rejection]:
+        """All that was found and is not in the dataset, by source."""
+        query = (
+            "SELECT source, 0, number, line, NULL, 0 FROM rejection UNION ALL "
+            "SELECT source, 1, number, likeness, original, (SELECT count(*) FROM segment AS kept "
+            "WHERE kept.source = segment.source AND kept.original IS NULL) FROM segment "
+            "WHERE original IS NOT NULL UNION ALL "
+            "SELECT name, 2, 0, reason, NULL, 0 FROM other ORDER BY 1, 2, 3"
+        )
+        for source, what, number, text, original, kept in self.database.execute(query):
+            if what == 0:
+                yield Rejection.model_validate_json(text)
+            elif what == 1:
+                detail = f"segment {number} is like {original}"
+                yield Rejection(source=source, reason=text, detail=detail, kept_samples=kept)
+            else:
+                yield Rejection(source=source, reason=other_reason(text), detail=text)
 
-    def indexed(self, part: int, entry: ShardEntry) -> IndexedShard:
-        """What the index needs of a finished part.
+    def rejected_by_reason(self) -> dict[str, int]:
+        """How many sources, and parts of sources, are left out and why, by reason."""
+        query = (
+            "SELECT reason, count(*) FROM rejection GROUP BY reason UNION ALL "
+            "SELECT likeness, count(*) FROM segment WHERE original IS NOT NULL GROUP BY likeness "
+            "ORDER BY 1"
+        )
+        return dict(self.database.execute(query))
 
-        Raises:
-            StorageError: Its rows are gone or damaged.
-        """
-        path = self.folder / f"part-{part:06d}.npy"
-        try:
-            rows = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise StorageError(f"{path}: {error}", remedy=f"Remove {self.folder}.") from error
-        if rows.dtype != INDEX_DTYPE or len(rows) != entry.num_samples:
-            raise StorageError(f"{path}: of another version", remedy=f"Remove {self.folder}.")
-        return IndexedShard(entry=entry, records=rows)
+    def count(self, query: str) -> int:
+        """A number out of the database."""
+        return int(self.database.execute(query).fetchone()[0] or 0)
 
-    def _clear(self) -> None:
-        """Removes what a preparation writes, and nothing else."""
-        for name in (MANIFEST_NAME, INDEX_NAME, REJECTED_NAME):
-            (self.dataset_dir / name).unlink(missing_ok=True)
-        for shard in self.dataset_dir.glob("shard-[0-9]*.tar"):
-            shard.unlink()
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    def _is_first(self, source: Source) -> bool:
+        """Whether a source comes up for the first time now; a second of its name is refused."""
+        place = f"{source.locator} {source.member_offset or 0}"
+        if self.database.execute(
+            "INSERT INTO temp.named VALUES (?, ?) ON CONFLICT DO NOTHING", (source.name, place)
+        ).rowcount:
+            return True
+        query = "SELECT place FROM temp.named WHERE name = ?"
+        earlier = self.database.execute(query, (source.name,)).fetchone()[0]
+        if earlier == place:
+            return False
         raise UsageError(
-            f"{path}: not a plan of this version of jepa",
-            remedy="Give --out a new folder, or start over with --overwrite.",
-        ) from error
+            f"two sources would both be called {source.name[:300]!r}: {earlier[:300]} and "
+            f"{place[:300]}",
+            remedy="Give their common parent folder as the source instead.",
+        )
+
+    def _add(self, source: Source, item: str) -> bool:
+        text = source.to_json()
+        added = self.database.execute(
+            "INSERT INTO source (name, item, spec, bytes) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO NOTHING",
+            (source.name, item, text, source.num_bytes),
+        ).rowcount
+        if added:
+            self.database.execute("DELETE FROM other WHERE name = ?", (source.name,))
+            return True
+        there, spec = self.database.execute(
+            "SELECT item, spec FROM source WHERE name = ?", (source.name,)
+        ).fetchone()
+        if there != item:
+            raise _another_file(source, Source.from_json(spec), self.dataset_dir)
+        if spec != text:
+            # It may have been moved since.
+            self.database.execute("UPDATE source SET spec = ? WHERE name = ?", (text, source.name))
+        return False
+
+    def _check_settings(self, settings: PrepSettings) -> None:
+        row = self.database.execute("SELECT value FROM setting WHERE name = 'settings'").fetchone()
+        if row is None:
+            with self.database:
+                self.database.execute(
+                    "INSERT INTO setting VALUES ('settings', ?)", (settings.digest_text(),)
+                )
+            return
+        if differences := settings.differences(json.loads(row[0])):
+            raise UsageError(
+                f"{self.dataset_dir} was prepared with other settings: {'; '.join(differences)}",
+                remedy="Give --out a new folder, run with the old settings, or replace it by "
+                "--overwrite.",
+            )
 
 
-def _check_same(there: Plan, wanted: Plan, settings: PrepSettings, dataset_dir: Path) -> None:
-    if there.inputs == wanted.inputs:
-        return
-    differences = settings.differences(there.settings)
-    if not differences:
-        differences = [
-            f"sources were {there.num_sources} videos of {there.source_bytes} bytes, now "
-            f"{wanted.num_sources} of {wanted.source_bytes} (names, sizes and times are compared)"
-        ]
-    raise UsageError(
-        f"{dataset_dir} holds another dataset: {'; '.join(differences)}",
-        remedy="Give --out a new folder, run with the old settings, or replace it by --overwrite.",
+def other_reason(detail: str) -> str:
+    """The reason of something that was found and is no source."""
+    return BadReason.NO_VIDEO_NAME if "suffix" in detail else "not a source"
+
+
+def _another_file(source: Source, there: Source, dataset_dir: Path) -> UsageError:
+    return UsageError(
+        f"{source.name[:300]!r} in {dataset_dir} is made of another file: of {there.num_bytes} "
+        f"bytes at {there.locator[:300]}, now {source.num_bytes} bytes at "
+        f"{source.locator[:300]} (sizes, times and labels are compared)",
+        remedy="Put the old file back, rename the new one, or replace the dataset by --overwrite.",
     )

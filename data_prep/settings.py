@@ -2,74 +2,72 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue, model_validator
 
+from pipeline.config.section import Section
 from pipeline.data.decode import DecodeLimits
-from pipeline.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepSettings:
+class PrepSettings(Section):
     """What the shards hold: the same sources and settings give the same bytes."""
 
-    short_side: int = 384
+    short_side: int = Field(default=384, ge=16)
     """Short side of the stored picture in pixels; smaller videos keep their size."""
     fps: float | Literal["native"] = 8.0
     """Constant frames per second of the stored video, or `native` for the source's own rate."""
     mode: Literal["transcode", "copy"] = "transcode"
     """`copy` keeps the bytes of videos that already are what transcoding would produce."""
-    min_seconds: float = 1.0
+    cut: Literal["shots", "stride"] = "shots"
+    """Cut where the scene changes and then into equal parts, or into equal parts alone."""
+    shot_threshold: float = Field(default=3.0, gt=0)
+    """How many times the change around it a scene's change must be; lower finds more."""
+    min_shot_seconds: float = Field(default=4.0, ge=0)
+    """Shots of a video of several that are shorter than this are left out."""
+    min_seconds: float = Field(default=1.0, gt=0)
     """Videos of which less than this decodes are refused."""
-    max_seconds: float = 32.0
-    """Longer videos are cut into equal segments of at most this length."""
-    min_side: int = 32
+    max_seconds: float = Field(default=32.0, gt=0)
+    """Longer shots are cut into equal segments of at most this length."""
+    min_side: int = Field(default=32, ge=16)
     """Videos whose shorter side has fewer pixels are refused."""
-    videos_per_shard: int = 64
-    """Source videos that go into one shard at most; a shard is one Ray task."""
-    shard_mib: float = 256.0
-    """Size of the source videos that go into one shard at most, in MiB."""
-    crf: int = 23
+    min_motion: float = Field(default=0.0, ge=0)
+    """Segments whose pictures change less are left out, in grey levels of 255 a second."""
+    max_black_share: float = Field(default=0.95, ge=0, le=1)
+    """Segments with a larger share of black pictures are left out; 1 keeps all."""
+    max_still_share: float = Field(default=1.0, ge=0, le=1)
+    """Segments with a larger share of pictures like the one before are left out; 1 keeps all."""
+    duplicates: Literal["keep", "exact", "near"] = "exact"
+    """Leave out segments whose stored video was there before: equal bytes, or also look-alikes."""
+    near_bits: float = Field(default=6.0, ge=0, le=32)
+    """Bits of 64 by which pictures of look-alikes may differ on average."""
+    bins: Literal["none", "aspect", "aspect-and-length"] = "none"
+    """Give segments of one shape (wide, square, tall) and length shards of their own."""
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Segments that go into one shard at most."""
+    shard_mib: float = Field(default=1024.0, gt=0)
+    """Size of a shard in MiB, at most, unless one segment alone is larger."""
+    crf: int = Field(default=23, ge=0, le=51)
     """Quality of the H.264 encoder: lower is better and larger, 6 less doubles the size."""
-    gop_frames: int = 16
+    gop_frames: int = Field(default=16, ge=1)
     """Distance of keyframes; the decode of a clip starts at one."""
-    time_limit_seconds: float = 600.0
-    """Wall time one video may take to be checked, and again to be transcoded."""
-    max_pixels: int = 4096 * 2304
+    time_limit_seconds: float = Field(default=600.0, gt=0)
+    """Processor time one video may take to be checked, and again to be transcoded."""
+    max_pixels: int = Field(default=4096 * 2304, ge=1)
     """Videos with larger pictures are refused before they are decoded."""
+    max_memory_mib: float = Field(default=4096.0, gt=0)
+    """Address space that one video may add to the process that works on it, in MiB."""
 
-    def __post_init__(self) -> None:
-        wrong = [message for holds, message in self._rules() if not holds]
-        if wrong:
-            raise UsageError("; ".join(wrong) + ".", remedy="See `jepa prep run --help`.")
-
-    def _rules(self) -> tuple[tuple[bool, str], ...]:
-        fps_holds = self.fps == "native" or 0 < float(self.fps) <= 240
-        return (
-            (self.short_side >= 16, f"--short-side must be at least 16, got {self.short_side}"),
-            (fps_holds, f"--fps must be `native` or a rate from 0 to 240, got {self.fps}"),
-            (self.min_seconds > 0, f"--min-seconds must be above 0, got {self.min_seconds}"),
-            (
-                self.min_seconds <= self.max_seconds,
-                f"--max-seconds must be at least --min-seconds ({self.min_seconds:g}), "
-                f"got {self.max_seconds:g}",
-            ),
-            (self.min_side >= 16, f"--min-side must be at least 16, got {self.min_side}"),
-            (
-                self.videos_per_shard >= 1,
-                f"--videos-per-shard must be at least 1, got {self.videos_per_shard}",
-            ),
-            (self.shard_mib > 0, f"--shard-mib must be above 0, got {self.shard_mib}"),
-            (0 <= self.crf <= 51, f"--crf must be from 0 to 51, got {self.crf}"),
-            (self.gop_frames >= 1, f"--gop-frames must be at least 1, got {self.gop_frames}"),
-            (
-                self.time_limit_seconds > 0,
-                f"--time-limit-seconds must be above 0, got {self.time_limit_seconds}",
-            ),
-            (self.max_pixels >= 1, f"--max-pixels must be at least 1, got {self.max_pixels}"),
-        )
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"max_seconds must be at least min_seconds ({self.min_seconds:g}), "
+                f"got {self.max_seconds:g}"
+            )
+        if self.fps != "native" and not 0 < float(self.fps) <= 240:
+            raise ValueError(f"fps must be `native` or a rate from 0 to 240, got {self.fps}")
+        return self
 
     @property
     def limits(self) -> DecodeLimits:
@@ -78,11 +76,12 @@ class PrepSettings:
             max_pixels=self.max_pixels,
             max_seconds=float(self.time_limit_seconds),
             max_bytes=1 << 40,
+            max_memory_bytes=int(self.max_memory_mib * 2**20),
         )
 
     def as_json(self) -> dict[str, JsonValue]:
         """All settings, for the manifest and for comparison with another preparation's."""
-        return cast("dict[str, JsonValue]", asdict(self))
+        return cast("dict[str, JsonValue]", self.model_dump(mode="json"))
 
     def digest_text(self) -> str:
         """One line that differs if any setting does."""
