@@ -1,9 +1,9 @@
-"""Which rule of masks learns most per second of compute? The demo's run under each rule.
+"""Which rule of masks learns most for the same compute? The demo's run under each rule.
 
 Trains on clips whose classes only motion tells apart, once for every rule and seed, and probes the
-frozen encoders with a linear head: untrained, in the middle and at the end. Compute seconds leave
-out the waiting for data. Rules take turns within a seed, so that what else the machine does falls
-on all of them alike.
+frozen encoders with a linear head: untrained, in the middle and at the end. Compute is counted in
+the exact FLOPs of the tokens that each rule keeps, which no other work on the machine disturbs;
+seconds without the waiting for data stand beside it. Rules take turns within a seed.
 
     python -m benchmarks.truncate                                    # 3 rules, 2 seeds, 500 steps
     python -m benchmarks.truncate --steps 20 --seeds 1 --clips 60    # only to see that it runs
@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 from benchmarks.commands import jepa, jepa_json, make_dataset, probe_words, say
 from benchmarks.result import RESULTS, print_table, write_result
+from pipeline.clip import StepReport
 from pipeline.config.load import load_config
 from pipeline.masks.blocks import Truncate
 from pipeline.masks.kept import expected_kept
@@ -35,6 +36,8 @@ class Point:
     """One encoder of a run, and what it took to get there."""
 
     step: int
+    tflop: float
+    """All steps so far, in 10^12 operations."""
     compute_seconds: float
     """All steps so far, without waiting for data."""
     top1_percent: float
@@ -51,15 +54,13 @@ class Trained:
     points: tuple[Point, ...]
     """Untrained first."""
 
-    def top1_after(self, compute_seconds: float) -> float:
-        """Top-1 after so many seconds of compute, on a line between the points around it."""
-        before = [p for p in self.points if p.compute_seconds <= compute_seconds][-1]
-        later = [p for p in self.points if p.compute_seconds > compute_seconds][:1]
+    def top1_after(self, tflop: float) -> float:
+        """Top-1 after so much compute, on a line between the points around it."""
+        before = [p for p in self.points if p.tflop <= tflop][-1]
+        later = [p for p in self.points if p.tflop > tflop][:1]
         if not later:
             return before.top1_percent
-        share = (compute_seconds - before.compute_seconds) / (
-            later[0].compute_seconds - before.compute_seconds
-        )
+        share = (tflop - before.tflop) / (later[0].tflop - before.tflop)
         return before.top1_percent + share * (later[0].top1_percent - before.top1_percent)
 
 
@@ -116,27 +117,29 @@ def _stage_steps(steps: int) -> list[int]:
 
 
 def _trained(rule: Truncate, seed: int, run: Path, records: list[dict[str, Any]]) -> Trained:
-    spent = {
-        logged.report.step: logged.report.step_seconds - logged.report.data_wait_seconds
-        for logged in read_metrics(run)
-    }
+    reports = [logged.report for logged in read_metrics(run)]
     points = tuple(
         Point(
             step=record["step"],
+            tflop=round(sum(r.flops for r in reports if r.step <= record["step"]) / 1e12, 3),
             compute_seconds=round(
-                sum(seconds for step, seconds in spent.items() if step <= record["step"]), 1
+                sum(_compute_seconds(r) for r in reports if r.step <= record["step"]), 1
             ),
             top1_percent=round(100 * record["top1"], 1),
         )
         for record in sorted(records, key=lambda record: record["step"])
     )
-    median = round(statistics.median(spent.values()), 4)
+    median = round(statistics.median(map(_compute_seconds, reports)), 4)
     return Trained(rule=rule, seed=seed, step_seconds=median, points=points)
 
 
+def _compute_seconds(report: StepReport) -> float:
+    return report.step_seconds - report.data_wait_seconds
+
+
 def _summary(runs: Sequence[Trained]) -> list[dict[str, Any]]:
-    """Means over seeds; equal compute is what the fastest run took in all."""
-    equal = min(run.points[-1].compute_seconds for run in runs)
+    """Means over seeds; equal compute is what the cheapest run took in all."""
+    equal = min(run.points[-1].tflop for run in runs)
     rows = []
     for rule in _RULES:
         own = [run for run in runs if run.rule == rule]
@@ -145,19 +148,19 @@ def _summary(runs: Sequence[Trained]) -> list[dict[str, Any]]:
         gain = statistics.mean(
             run.points[-1].top1_percent - run.points[0].top1_percent for run in own
         )
-        seconds = statistics.mean(end.compute_seconds for end in ends)
+        tflop = statistics.mean(end.tflop for end in ends)
         rows.append(
             {
                 "rule": rule,
                 "step_seconds": round(statistics.mean(run.step_seconds for run in own), 4),
-                "compute_seconds": round(seconds, 1),
+                "tflop": round(tflop, 2),
                 "untrained_percent": _mean([run.points[0].top1_percent for run in own]),
                 "top1_percent": _mean([end.top1_percent for end in ends]),
                 "least": min(end.top1_percent for end in ends),
                 "greatest": max(end.top1_percent for end in ends),
-                "equal_compute_seconds": equal,
+                "equal_tflop": equal,
                 "top1_percent_at_equal_compute": _mean(at_equal),
-                "points_per_compute_minute": round(60 * gain / max(seconds, 1e-9), 2),
+                "points_per_tflop": round(gain / max(tflop, 1e-9), 2),
             }
         )
     return rows
@@ -187,12 +190,12 @@ def _kept() -> dict[str, list[dict[str, Any]]]:
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:
     columns = (
-        "masks.truncate", "s/step", "compute s", "untrained %", "top-1 %", "at equal compute %",
-        "points/min",
+        "masks.truncate", "s/step", "TFLOP", "untrained %", "top-1 %", "at equal compute %",
+        "points/TFLOP",
     )  # fmt: skip
     shown = (
-        "rule", "step_seconds", "compute_seconds", "untrained_percent", "top1_percent",
-        "top1_percent_at_equal_compute", "points_per_compute_minute",
+        "rule", "step_seconds", "tflop", "untrained_percent", "top1_percent",
+        "top1_percent_at_equal_compute", "points_per_tflop",
     )  # fmt: skip
     table = [[row[name] for name in shown] for row in rows]
     print_table("Learning under each rule of masks, chance 8.3 %", columns, table)
