@@ -67,6 +67,8 @@ def open_sources(
     for argument in arguments:
         named = _NAMED.fullmatch(argument)
         path = named.group(2) if named else argument
+        if not is_remote(path) and "{" not in path:
+            _require_file(path)
         chosen = _kind_of(named.group(1)) if named else kind or recognised(path)
         say(f"{printable(path)}: {_WHAT[chosen]}{_details(chosen, path)} ({chosen})")
         yield from _READERS[chosen](path, listing)
@@ -104,8 +106,6 @@ def _recognised_file(path: str) -> Kind:
         return "file"
     if is_remote(path) and not suffix:
         return "folder"
-    if not is_remote(path):
-        _require_file(path)
     if suffix in (".csv", ".txt", ".tsv", ".lst", ".list"):
         return _recognised_table(path, suffix)
     # Named by a person, so it is a video whatever it is called.

@@ -10,7 +10,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,13 @@ def _source(shard: str, status: Status, sample: _Sample, listing: Listing) -> So
 
 def _samples(shard: str, listing: Listing) -> Iterator[_Sample]:
     sample = _Sample(key="")
-    with _opened_tar(shard) as tar:
+    with opened_file(shard) as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed here
+        except tarfile.ReadError as error:
+            reason = f"not a plain tar file: {error} (compressed ones have to be unpacked first)"
+            listing.on_other(printable(base_name(shard)), reason)
+            return
         for info in _members(tar, shard, listing):
             folder, _, base = info.name.rpartition("/")
             stem, _, suffix = base.partition(".")
@@ -122,19 +127,6 @@ def _take(sample: _Sample, suffix: str, info: tarfile.TarInfo, tar: tarfile.TarF
     elif suffix in _TEXT_SUFFIXES and info.size <= _MAX_TEXT_BYTES:
         file = tar.extractfile(info)
         sample.texts[suffix] = file.read() if file else b""
-
-
-@contextmanager
-def _opened_tar(shard: str) -> Iterator[tarfile.TarFile]:
-    with opened_file(shard) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                yield tar
-        except tarfile.ReadError as error:
-            raise UsageError(
-                f"{shard}: not a plain tar file: {error}",
-                remedy="Unpack compressed shards first (gunzip): a clip is read from its middle.",
-            ) from error
 
 
 def _members(tar: tarfile.TarFile, shard: str, listing: Listing) -> Iterator[tarfile.TarInfo]:
