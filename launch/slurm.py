@@ -6,7 +6,6 @@ text there. Directives take no quoting, so they hold nothing but checked words.
 """
 
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pipeline.errors import UsageError
 
 BODY = Path(__file__).with_name("slurm_job.sh")
 # What means something to sbatch in a directive: blanks, quotes, backslashes, comments, patterns.
+_BARE_WORD = re.compile(r"[A-Za-z0-9_./:=@%+-]+")
 _PLAIN_PATH = re.compile(r"/[^\s\"'\\#%\x00-\x1f\x7f]*")
 
 
@@ -52,8 +52,10 @@ def log_path(job: JobSpec) -> str:
 
 def quoted(text: str) -> str:
     """A text as one word of bash, on one line whatever is in it."""
+    if _BARE_WORD.fullmatch(text):
+        return text
     if text.isprintable():
-        return shlex.quote(text)
+        return "'" + text.replace("'", "'\"'\"'") + "'"
     escaped = (
         chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
         for byte in text.encode("utf-8", "surrogateescape")
@@ -64,10 +66,9 @@ def quoted(text: str) -> str:
 def _directives(job: JobSpec, site: Site, after: Sequence[str]) -> list[str]:
     slurm = site.slurm
     tasks, cpus = _tasks_per_node(job, slurm), _cpus_per_task(job, slurm)
-    nodes = f"{job.least_nodes}-{job.nodes}" if job.least_nodes < job.nodes else str(job.nodes)
     options = [
         f"--job-name={job.name}",
-        f"--nodes={nodes}",
+        f"--nodes={job.nodes}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         *_gpus(job, slurm),
@@ -114,6 +115,8 @@ def _variables(job: JobSpec, site: Site) -> list[str]:
         f"preflight={_array(_preflight(job, site))}",
         "# Numbers of nodes that share the global batch evenly; empty: any.",
         f"node_counts={_array(map(str, job.node_counts))}",
+        f"min_nodes={job.least_nodes}    # it goes on with so few if others are lost",
+        f"max_nodes={job.nodes}",
         f"tasks_per_node={_tasks_per_node(job, site.slurm)}",
         f"cpus_per_task={_cpus_per_task(job, site.slurm)}",
         f"max_failures={site.slurm.max_failures}    # in a row, without a new checkpoint",

@@ -2,13 +2,16 @@
 
 set -u
 job=$SLURM_JOB_ID
+# By the number of an array's last job Slurm means the whole array.
+target=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+target=${target:-$job}
 attempt=${SLURM_RESTART_COUNT:-0}
 say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$job" "$((attempt + 1))" "$*"; }
 
 # Both from the first line on: untrapped, either would end this script before the ranks have saved.
 warned=0 ended=0 ranks='' reminder=''
 trap 'warned=1; say "asked to save: the time limit is near"; remind' USR2
-trap 'ended=1; say "ended by Slurm: cancelled, preempted, requeued, or a node is lost"' TERM
+trap 'ended=1; say "ended by Slurm: cancelled, preempted, requeued, or a node is lost"; shrink' TERM
 
 records=$run_dir/jobs
 state=$records/$job.failures    # failures in a row, and the checkpoint step they were counted at
@@ -23,19 +26,44 @@ if [ ${#each[@]} -gt 0 ]; then
   for at in "${!command[@]}"; do command[at]=${command[at]//'{}'/"$value"}; done
 fi
 
-# Nodes: all of them, or as many as share the global batch evenly.
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-num_nodes=${#hosts[@]}
-if [ ${#node_counts[@]} -gt 0 ]; then
-  fitting=0
+# The largest number of nodes, up to $1, that shares the global batch evenly; 0 if none does.
+fitting() {
+  local count best=0
+  if [ ${#node_counts[@]} = 0 ]; then echo "$1"; return; fi
   for count in "${node_counts[@]}"; do
-    if [ "$count" -le "${#hosts[@]}" ] && [ "$count" -gt "$fitting" ]; then fitting=$count; fi
+    if [ "$count" -le "$1" ] && [ "$count" -gt "$best" ]; then best=$count; fi
   done
-  if [ "$fitting" = 0 ]; then
-    say "no number of nodes up to ${#hosts[@]} shares the global batch evenly: ${node_counts[*]}"
-    exit 78
-  fi
-  num_nodes=$fitting
+  echo "$best"
+}
+
+# A job that has lost a node waits for another one; where it may go on with fewer, it says so now,
+# while Slurm puts it back into the queue. A range from the start would not do: a Slurm that
+# preempts gives such a job the fewest nodes although more are idle.
+# shellcheck disable=SC2329    # the trap calls it
+shrink() {
+  local down left fit _
+  if [ "$min_nodes" -ge "$max_nodes" ] || [ -z "${list:-}" ]; then return; fi
+  down=$(sinfo --noheader --Node --nodes="$list" --states=down,drain,fail --format=%N | sort -u | wc -l)
+  if [ "$down" = 0 ]; then return; fi
+  left=$((num_nodes - down)) fit=$(fitting "$left")
+  if [ "$fit" -lt "$min_nodes" ] || [ "$fit" = 0 ]; then return; fi
+  for _ in 1 2 3 4 5; do
+    # The tasks as well, or Slurm goes on looking for nodes for all of them.
+    if scontrol update JobId="$target" NumNodes="$fit-$max_nodes" NumTasks=$((fit * tasks_per_node)) \
+      2>/dev/null; then
+      say "lost $down node(s): goes on with $fit or more"
+      return
+    fi
+    sleep 1
+  done
+  say "lost $down node(s); to go on with fewer: scontrol update JobId=$target NumNodes=$fit NumTasks=$((fit * tasks_per_node))"
+}
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_nodes=$(fitting ${#hosts[@]})
+if [ "$num_nodes" = 0 ]; then
+  say "no number of nodes up to ${#hosts[@]} shares the global batch evenly: ${node_counts[*]}"
+  exit 78
 fi
 list=$(IFS=,; printf %s "${hosts[*]:0:num_nodes}")
 say "runs on $num_nodes of ${#hosts[@]} nodes: $list"
@@ -80,7 +108,7 @@ step() {
 remind() {
   if [ "$warned" = 0 ] || [ -z "$ranks" ] || [ -n "$reminder" ]; then return; fi
   while kill -0 "$ranks" 2>/dev/null; do
-    scancel --quiet --signal=USR2 "$job"
+    scancel --quiet --signal=USR2 "$target"
     sleep 5
   done &
   reminder=$!
@@ -120,7 +148,7 @@ tidy() {
 requeue() {
   say "$1: back into the queue"
   tidy
-  scontrol requeue "$job" || { say "this cluster refuses to requeue; submit the job again"; exit "$2"; }
+  scontrol requeue "$target" || { say "this cluster refuses to requeue; submit the job again"; exit "$2"; }
   sleep 60 & wait $!
   exit "$2"
 }
@@ -163,13 +191,13 @@ saved() {
 exclude_bad_nodes() {
   local bad before all
   bad=$(paste -sd, "$bad_nodes")
-  before=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
+  before=$(scontrol show job "$target" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
   all=$bad; if [ -n "$before" ] && [ "$before" != "(null)" ]; then all=$before,$bad; fi
   say "bad: $bad; queued again without them"
   # Held, or it could start on them again before they are excluded.
-  scontrol requeuehold "$job" || exit 76
-  until scontrol update JobId="$job" ExcNodeList="$all"; do sleep 1 & wait $!; done
-  scontrol release "$job"
+  scontrol requeuehold "$target" || exit 76
+  until scontrol update JobId="$target" ExcNodeList="$all"; do sleep 1 & wait $!; done
+  scontrol release "$target"
   sleep 60 & wait $!
   exit 76
 }
