@@ -179,6 +179,11 @@ VERBS = (
         help="Count a dataset and draw its histograms.",
     ),
     Verb(
+        words="prep curate",
+        function="pipeline.commands.curate:curate",
+        help="Weight a dataset's samples by clusters of an encoder's features.",
+    ),
+    Verb(
         words="prep synthetic",
         function="data_prep.commands:synthetic",
         help="Render labelled synthetic clips.",

@@ -58,7 +58,7 @@ def freeze(module: nn.Module, task: TaskConfig) -> FrozenEncoder:
     grid = module.config.grid(clip.frames, clip.resolution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = device.type == "cuda" and task.precision == "bf16"
-    digest = _digest(module)
+    digest = encoder_digest(module)
     return FrozenEncoder(
         module=module.to(device).eval().requires_grad_(False),
         digest=digest,
@@ -69,7 +69,8 @@ def freeze(module: nn.Module, task: TaskConfig) -> FrozenEncoder:
     )
 
 
-def _digest(module: Encoder) -> str:
+def encoder_digest(module: Encoder) -> str:
+    """SHA-256 over an encoder's configuration and the names, shapes and bytes of its weights."""
     # The kernel does not count: the features are the same.
     places = module.attention.model_dump(mode="json", exclude={"backend"})
     digest = sha256(f"{module.config!r} {places}".encode())
