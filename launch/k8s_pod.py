@@ -115,7 +115,8 @@ def wait_for_name(node: Node, seconds: float) -> str:
 
 def _check(node: Node, options: Options) -> int:
     """`jepa check` on all pods together, one process each; 0 if the ranks may start."""
-    if options.check_seconds is None:
+    # `resume` names a run and no configuration to check.
+    if options.check_seconds is None or options.words[0] != "train":
         return ExitCode.DONE
     config, *rest = options.words[1:]
     overrides = [word for word in rest if not word.startswith("-")]

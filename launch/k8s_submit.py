@@ -1,6 +1,7 @@
 """Hands a job's objects to Kubernetes, and writes down what was handed over."""
 
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -17,6 +18,7 @@ from pipeline.track.jobs import JobRecord, record_job
 from pipeline.track.metrics import read_events
 
 _KUBECTL_SECONDS = 120.0
+_CLIENT_LOG = re.compile(r"[EWI]\d{4} ")
 # One step, and what ending takes: as the site's own figure is meant.
 _BESIDE_SAVE_SECONDS = 60
 
@@ -151,8 +153,17 @@ def _kubectl(words: Sequence[str], text: str | None = None) -> str:
             remedy="`kubectl cluster-info` shows whether the cluster can be reached.",
         ) from error
     if answer.returncode:
+        lines = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+        # The client's own log lines, such as E1123 02:32:57, say the same five times.
+        told = "; ".join(line for line in lines if not _CLIENT_LOG.match(line)) or "no reason given"
+        if "refused" in told or "no such host" in told or "i/o timeout" in told:
+            raise UsageError(
+                f"the cluster cannot be reached: {told}",
+                remedy="`kubectl cluster-info` and `kubectl config current-context` show which one "
+                "is asked; --print needs none.",
+            )
         raise UsageError(
-            f"Kubernetes refused the job: {answer.stderr.strip() or answer.stdout.strip()}",
+            f"Kubernetes refused the job: {told}",
             remedy="k8s/README.md names the usual reasons; --print shows the objects.",
         )
     return answer.stdout

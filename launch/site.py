@@ -16,7 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.config.section import Section
 from pipeline.errors import UsageError
 
-SITE_FILES = ("site.yaml", "slurm/site.yaml")
+SITE_FILES = ("site.yaml", "slurm/site.yaml", "k8s/site.yaml")
 """Where a site file is looked for, from the current folder, if none is given."""
 # A directive's word is cut at blanks, and `%` means something in the names of log files.
 _WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,:=/@+*\[\]()|&-]*$"
@@ -226,7 +226,7 @@ def find_site(path: Path | None, overrides: tuple[str, ...] = ()) -> Site:
     """The site file that was given, or the one that lies in its usual place.
 
     Args:
-        path: The file, or None for `site.yaml` or `slurm/site.yaml` below the current folder.
+        path: The file, or None for those of SITE_FILES below the current folder.
         overrides: `key=value` laid over it, as --set gives them.
 
     Raises:
@@ -236,8 +236,8 @@ def find_site(path: Path | None, overrides: tuple[str, ...] = ()) -> Site:
     found = path or next((p for p in map(Path, SITE_FILES) if p.is_file()), None)
     if found is None:
         raise UsageError(
-            f"there is no site file: {' and '.join(SITE_FILES)} do not exist here",
-            remedy="Copy the nearest of slurm/site-*.yaml to site.yaml and fill in your cluster, "
-            "or give one with --site FILE.",
+            f"there is no site file: {', '.join(SITE_FILES)} do not exist here",
+            remedy="Copy the nearest of slurm/site-*.yaml or k8s/site-*.yaml to site.yaml and fill in "
+            "your cluster, or give one with --site FILE.",
         )
     return load_config(found, Site, overrides).config

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from launch.job import JobSpec
 from launch.k8s import objects, render
-from launch.k8s_submit import record_of, with_measured_grace
+from launch.k8s_submit import record_of, submit, try_out, with_measured_grace
 from launch.k8s_text import object_name, to_yaml
 from launch.site import KubernetesSite, Site
 from pipeline.errors import UsageError
+from pipeline.track.jobs import read_jobs
 from tests.k8s_objects import NO_KUBECTL, kubectl_is_new, kustomize, pod_templates, read_objects
 
 
@@ -148,3 +149,46 @@ def test_what_is_told_of_a_submission_names_the_object():
     assert record.id == "jobset/a"
     assert record.stop == "kubectl --namespace jepa delete jobset/a"
     assert "logs --selector app.kubernetes.io/instance=a" in record.log
+
+
+def fake_kubectl(folder: Path, monkeypatch, answers: str) -> Path:
+    """A kubectl that notes its words, since there is no cluster; `answers` is a case of bash."""
+    calls = folder / "calls"
+    program = folder / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\necho "$*" >> {calls}\ncase "$1" in {answers} esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    return calls
+
+
+def test_a_submission_is_applied_written_down_and_never_applied_twice(tmp_path, monkeypatch):
+    job = a_job(run_dir=tmp_path / "run")
+    made = objects(job, Site())
+    calls = fake_kubectl(tmp_path, monkeypatch, "get) ;; apply) echo created ;;")
+    submitted = submit(job, made, to_yaml(made))
+    path = tmp_path / "run" / "jobs" / "a-train.k8s.yaml"
+    assert calls.read_text().splitlines() == [
+        "get jobset/a --namespace jepa --ignore-not-found --output name",
+        f"apply --filename {path}",
+    ]
+    assert read_objects(path.read_text()) == made
+    assert [record.id for record in read_jobs(tmp_path / "run")] == ["jobset/a"]
+    for word in ("watch", "stop", "pause", '{"spec":{"suspend":true}}'):
+        assert word in submitted.words
+    (tmp_path / "bin" / "kubectl").write_text("#!/bin/bash\necho jobset.jobset.x-k8s.io/a\n")
+    with pytest.raises(UsageError, match="already there"):
+        submit(job, made, to_yaml(made))
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("E1123 02:32:57.0 x.go:1] noise\nno matches for kind", "refused the job: no matches"),
+        ("The connection to the server localhost:8080 was refused", "cannot be reached"),
+    ],
+)
+def test_what_the_cluster_says_is_told(tmp_path, monkeypatch, says, told):
+    fake_kubectl(tmp_path, monkeypatch, f"*) printf '{says}' >&2; exit 1 ;;")
+    with pytest.raises(UsageError, match=told):
+        try_out("kind: x\n")
