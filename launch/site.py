@@ -237,7 +237,7 @@ def find_site(path: Path | None, overrides: tuple[str, ...] = ()) -> Site:
     if found is None:
         raise UsageError(
             f"there is no site file: {', '.join(SITE_FILES)} do not exist here",
-            remedy="Copy the nearest of slurm/site-*.yaml or k8s/site-*.yaml to site.yaml and fill in "
-            "your cluster, or give one with --site FILE.",
+            remedy="Copy the nearest of slurm/site-*.yaml or k8s/site-*.yaml to site.yaml and fill "
+            "in your cluster, or give one with --site FILE.",
         )
     return load_config(found, Site, overrides).config
