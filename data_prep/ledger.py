@@ -184,7 +184,8 @@ class Ledger:
 
     def _is_first(self, source: Source) -> bool:
         """Whether a source comes up for the first time now; a second of its name is refused."""
-        place = f"{source.locator} {source.member_offset or 0}"
+        # As JSON, because a path may hold bytes that are no text.
+        place = json.dumps([source.locator, source.member_offset])
         if self.database.execute(
             "INSERT INTO temp.named VALUES (?, ?) ON CONFLICT DO NOTHING", (source.name, place)
         ).rowcount:
@@ -243,7 +244,7 @@ def other_reason(detail: str) -> str:
 def _another_file(source: Source, there: Source, dataset_dir: Path) -> UsageError:
     return UsageError(
         f"{source.name[:300]!r} in {dataset_dir} is made of another file: of {there.num_bytes} "
-        f"bytes at {there.locator[:300]}, now {source.num_bytes} bytes at "
-        f"{source.locator[:300]} (sizes, times and labels are compared)",
+        f"bytes at {there.locator[:300]!r}, now {source.num_bytes} bytes at "
+        f"{source.locator[:300]!r} (sizes, times and labels are compared)",
         remedy="Put the old file back, rename the new one, or replace the dataset by --overwrite.",
     )

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.card import write_card
+from data_prep.figures import figures_of
 from data_prep.ledger import Ledger
 from data_prep.pack import packed
 from data_prep.records import Rejection
@@ -44,7 +46,11 @@ def publish_dataset(ledger: Ledger, settings: PrepSettings) -> Manifest:
             f"none of {num_sources} sources could be used: {ledger.rejected_by_reason()}",
             remedy=f"{rejected} has a line per source with the reason.",
         )
-    return write_index(ledger.dataset_dir, shards, settings.as_json())
+    manifest = write_index(
+        ledger.dataset_dir, shards, settings.as_json(), figures=figures_of(ledger.records())
+    )
+    write_card(ledger.dataset_dir, manifest, ledger.rejected_by_reason())
+    return manifest
 
 
 def _numbers(ledger: Ledger) -> list[int]:
