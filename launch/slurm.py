@@ -101,7 +101,8 @@ def _gpus(job: JobSpec, slurm: SlurmSite) -> list[str]:
 
 
 def _variables(job: JobSpec, site: Site) -> list[str]:
-    launcher = "ray" if job.is_on_ray else site.slurm.launcher if job.kind == "train" else "srun"
+    beside = "ray" if job.is_on_ray else "single"
+    launcher = site.slurm.launcher if job.kind == "train" else beside
     command = (site.python, "-m", "pipeline.cli", *job.argv)
     return [
         "# Folder of the run: its checkpoints tell progress, jobs/ keeps logs and records.",
@@ -109,7 +110,7 @@ def _variables(job: JobSpec, site: Site) -> list[str]:
         "# What every task runs; {} stands for the value of `each` that an array's job has.",
         f"command={_array(command)}",
         f"each={_array(job.each)}",
-        f"launcher={launcher}    # srun, torchrun or ray",
+        f"launcher={launcher}    # srun, torchrun, ray or single",
         f"agent={_array(_agent(launcher, job, site))}",
         "# Checks on every node before training, and what they may be told; empty: none.",
         f"preflight={_array(_preflight(job, site))}",

@@ -217,7 +217,14 @@ fi
 first_step=$(newest_step)
 if [ "$warned" = 1 ]; then requeue "asked to save before it began" 75; fi
 case $launcher in
-  srun) step ranks "$tasks_per_node" "${command[@]}" ;;
+  single) step ranks 1 "${command[@]}" ;;
+  srun)
+    place=()
+    # Alone, a run that goes on would start as many ranks itself as it had before.
+    if [ $((num_nodes * tasks_per_node)) = 1 ]; then
+      place=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1)
+    fi
+    step ranks "$tasks_per_node" "${place[@]}" "${command[@]}" ;;
   torchrun) step ranks "$tasks_per_node" "${agent[@]}" "${command[@]:1}" ;;
   ray)
     # Whoever reaches Ray's ports may run code: only those who can read this file.
