@@ -111,7 +111,7 @@ def curate(
     del encoder
     embedded = _embed_missing(sets, digest, address, on_progress)
     clusters = _found_clusters(sets[0], digest, settings)
-    labels = [clusters.nearest(np.concatenate(list(one.features(digest)))) for one in sets]
+    labels = [np.concatenate([clusters.nearest(f) for f in one.features(digest)]) for one in sets]
     counts = [count(one, len(clusters.centres)) for one in labels]
     pairs = [(t.weight, n) for t, n in zip(targets, counts[1:], strict=True)]
     weights_K = cluster_weights(counts[0], pairs)
@@ -225,11 +225,12 @@ def _rows(
     own: _Embedded, clusters: Clusters, labels: np.ndarray, weights_K: np.ndarray, digest: str
 ) -> list[ClusterRow]:
     """The clusters that are drawn most, with the clips nearest to their centres."""
-    features = np.concatenate(list(own.features(digest)))
+    shown = np.argsort(-weights_K, kind="stable")[:_SHOWN_CLUSTERS]
+    distances = np.concatenate([clusters.distances(f)[:, shown] for f in own.features(digest)])
     rows = []
-    for cluster in np.argsort(-weights_K, kind="stable")[:_SHOWN_CLUSTERS].tolist():
+    for column, cluster in enumerate(shown.tolist()):
         members = np.flatnonzero(labels == cluster)
-        order = clusters.distances(features[members])[:, cluster].argsort(kind="stable")
+        order = distances[members, column].argsort(kind="stable")
         nearest = members[order[:_SHOWN_CLIPS]].tolist()
         label = (
             f"cluster {cluster}: {len(members)} clips, {weights_K[cluster]:.1%} of what is drawn"
