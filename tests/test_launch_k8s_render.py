@@ -1,5 +1,6 @@
 """What a user wrote stays a value in the objects of Kubernetes, and what cannot be is refused."""
 
+import json
 import re
 import string
 from pathlib import Path
@@ -14,7 +15,7 @@ from launch.k8s_submit import record_of, submit, try_out, with_measured_grace
 from launch.k8s_text import object_name, to_yaml
 from launch.site import KubernetesSite, Site
 from pipeline.errors import UsageError
-from pipeline.track.jobs import read_jobs
+from pipeline.track.jobs import ask, read_jobs
 from tests.k8s_objects import NO_KUBECTL, kubectl_is_new, kustomize, pod_templates, read_objects
 
 
@@ -192,3 +193,45 @@ def test_what_the_cluster_says_is_told(tmp_path, monkeypatch, says, told):
     fake_kubectl(tmp_path, monkeypatch, f"*) printf '{says}' >&2; exit 1 ;;")
     with pytest.raises(UsageError, match=told):
         try_out("kind: x\n")
+
+
+SUSPENDED = {"spec": {"suspend": True}}
+
+
+@pytest.mark.parametrize(
+    ("one", "state", "detail"),
+    [
+        ({"kind": "JobSet", **SUSPENDED}, "queued", "waits for its queue"),
+        ({"kind": "JobSet", "status": {"restarts": 2}}, "running", "2 restarts"),
+        ({"kind": "Job"}, "running", ""),
+        ({"kind": "RayJob", "status": {"jobDeploymentStatus": "Initializing"}}, "starting", ""),
+        ({"kind": "RayJob"}, "queued", ""),
+        *(
+            (
+                {"kind": kind, **SUSPENDED, "status": {"conditions": [
+                    {"type": word, "status": "True", "message": "exit code 78"},
+                ]}},
+                state,
+                "exit code 78" if state == "failed" else "",
+            )
+            for kind, word, state in [
+                ("JobSet", "Completed", "finished"),
+                ("JobSet", "Failed", "failed"),
+                ("TrainJob", "Complete", "finished"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_status_says_what_the_cluster_says(tmp_path, monkeypatch, one, state, detail):
+    (tmp_path / "one.json").write_text(json.dumps(one, indent=1))
+    calls = fake_kubectl(tmp_path, monkeypatch, f"*) cat {tmp_path}/one.json ;;")
+    told = ask(record_of(a_job(), objects(a_job(), Site()), Path("/x.yaml")))
+    assert told.state == state
+    assert detail in told.detail
+    assert calls.read_text() == "--namespace jepa get jobset/a --output json\n"
+
+
+def test_status_of_a_job_that_the_cluster_forgot_is_unknown(tmp_path, monkeypatch):
+    fake_kubectl(tmp_path, monkeypatch, "*) exit 1 ;;")
+    told = ask(record_of(a_job(), objects(a_job(), Site()), Path("/x.yaml")))
+    assert told.state == "unknown"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from pipeline.track.jobs_k8s import ask_k8s
 from pipeline.track.jsonl import JsonLinesWriter, read_json_lines
 
 JOBS_FILE = "jobs.jsonl"
@@ -117,6 +118,9 @@ def ask(record: JobRecord) -> JobState:
     """How a job stands, by its scheduler's present word."""
     if record.scheduler == "slurm":
         return _ask_slurm(record.id)
+    if record.scheduler == "k8s":
+        state, detail = ask_k8s(record.stop, _said)
+        return JobState(state=state, detail=detail)
     return JobState(state="unknown", detail=f"`{record.watch}` tells")
 
 
