@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.load import SHIPPED_CONFIGS, load_config
 from pipeline.data.clips import make_order, open_sources
 from pipeline.data.cursor import check_same, data_identity
 from pipeline.data.format import ShardIndex
@@ -20,6 +21,7 @@ from pipeline.data.settings import DataConfig, Source
 from pipeline.data.weights import WeightTable, write_weights
 from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.masks.collate import collate_plan
+from pipeline.run import RunConfig
 from tests.shards import make_plans, write_dataset
 
 WEIGHTS = [3.0, 0.0, 1.0, 0.5, 0.0, 1.5]
@@ -163,3 +165,12 @@ def test_damaged_missing_or_wrong_weights_are_named(weighted):
         with pytest.raises(DataError, match=words):
             write_weights(weighted, wrong)
     assert read_manifest(weighted).weights_sha256 is not None
+
+
+def test_the_shipped_mixture_deals_the_proportions_of_the_paper():
+    run = load_config(SHIPPED_CONFIGS / "vitl16-videomix22m.yaml", RunConfig).config
+    weights = tuple(source.weight for source in run.data.sources)
+    assert weights == (0.056, 0.188, 0.318, 0.188, 0.250)
+    order = OrderSpec(seed=run.seed, sizes=(10, 20, 30, 40, 50), weights=weights)
+    counts = Counter(clip_ref(order, position).source for position in range(5000, 6000))
+    assert counts == {0: 56, 1: 188, 2: 318, 3: 188, 4: 250}

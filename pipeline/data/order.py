@@ -97,7 +97,8 @@ def clip_ref(order: OrderSpec, position: int, attempt: int = 0) -> ClipRef:
             source, if the sample and n - 1 substitutes turned out to be bad.
     """
     block, offset = divmod(position, order.block)
-    source, counter = _dealt_block(order.seed, order.weights, order.block, block)[offset]
+    sources, counters = _dealt_block(order.seed, order.weights, order.block, block)
+    source, counter = int(sources[offset]), int(counters[offset])
     size = order.sizes[source]
     epoch, index = divmod(counter, size)
     sample = permute(index, size, _epoch_key(order.seed, source, epoch))
@@ -131,8 +132,7 @@ def permute(value: int, size: int, key: int) -> int:
     arbitrary finite domains", §5), walked along its cycle until the result lies in range(size);
     the digits' bases are about √size, so nearly every first result does.
     """
-    high_base = math.isqrt(size - 1) + 1
-    low_base = -(-size // high_base)
+    high_base, low_base = _bases(size)
     while True:
         value = _feistel(value, high_base, low_base, key)
         if value < size:
@@ -164,28 +164,39 @@ def _unit(bits: int) -> float:
     return ((bits & _MASK64) >> 11) * 2.0**-53
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _dealt_block(
     seed: int, weights: tuple[float, ...], block_size: int, block: int
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[np.ndarray, np.ndarray]:
     """For every position of a block its source, and how many clips that gave before it.
 
-    Three milliseconds for 1000 positions that follow one another, so it is kept for a while.
+    Kept for a while, because 1000 positions that follow one another need the same.
     """
-    counters = list(_clips_before(weights, block_size, block))
-    after = _clips_before(weights, block_size, block + 1)
-    holders = [
-        source
-        for source, (start, end) in enumerate(zip(counters, after, strict=True))
-        for _ in range(end - start)
-    ]
-    key = mix(seed, Purpose.SLOTS, block)
-    dealt = []
-    for offset in range(block_size):
-        source = holders[permute(offset, block_size, key)]
-        dealt.append((source, counters[source]))
-        counters[source] += 1
-    return tuple(dealt)
+    before = np.array(_clips_before(weights, block_size, block))
+    after = np.array(_clips_before(weights, block_size, block + 1))
+    holders = np.repeat(np.arange(len(weights)), after - before)
+    slots = _permuted_range(block_size, mix(seed, Purpose.SLOTS, block))
+    sources = holders[slots]
+    # Positions source by source, each source's in their order.
+    grouped = np.argsort(sources, kind="stable")
+    counters = np.empty(block_size, dtype=np.int64)
+    starts = np.cumsum(after - before) - (after - before)
+    counters[grouped] = np.arange(block_size) + np.repeat(before - starts, after - before)
+    return sources, counters
+
+
+def _permuted_range(size: int, key: int) -> np.ndarray:
+    """`permute` of all values of range(size) at once: the same numbers, a tenth of the time."""
+    high_base, low_base = _bases(size)
+    values = _feistel_all(np.arange(size, dtype=np.uint64), high_base, low_base, key)
+    while len(beyond := np.flatnonzero(values >= size)):
+        values[beyond] = _feistel_all(values[beyond], high_base, low_base, key)
+    return values.astype(np.int64)
+
+
+def _bases(size: int) -> tuple[int, int]:
+    high_base = math.isqrt(size - 1) + 1
+    return high_base, -(-size // high_base)
 
 
 def _clips_before(weights: tuple[float, ...], block_size: int, block: int) -> tuple[int, ...]:
@@ -233,3 +244,16 @@ def _finalise(state: int) -> int:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
     return state ^ (state >> 31)
+
+
+def _feistel_all(values: np.ndarray, high_base: int, low_base: int, key: int) -> np.ndarray:
+    """`_feistel` of uint64 values; sums wrap around as `_finalise` lets them."""
+    high, low = np.divmod(values, np.uint64(low_base))
+    bases = (np.uint64(high_base), np.uint64(low_base))
+    for number in range(_NUM_ROUNDS):
+        state = (low << np.uint64(8)) + np.uint64((key + number * _GOLDEN64) & _MASK64)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        base = bases[number % 2]
+        high, low = low, (high + (state ^ (state >> np.uint64(31))) % base) % base
+    return high * bases[1] + low
