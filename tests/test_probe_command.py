@@ -52,6 +52,8 @@ def test_steps_are_compared_in_one_table_with_difference_and_chance(folder, caps
 
 
 def test_json_holds_the_records_that_stand_in_the_runs_folder(folder, capsys):
+    assert _probe(folder, "--head", "knn") == 0
+    capsys.readouterr()
     assert _probe(folder, "--head", "linear", "--seeds", "2", "--json") == 0
     records = json.loads(capsys.readouterr().out)["records"]
     assert [(record["step"], record["seed"]) for record in records] == [(20, 0), (20, 1)]
@@ -60,8 +62,8 @@ def test_json_holds_the_records_that_stand_in_the_runs_folder(folder, capsys):
     for record, found in zip(records, linear, strict=True):
         same = record.keys() - {"written"}
         assert {key: found[key] for key in same} == {key: record[key] for key in same}
-    # The heads probed before stand beside them: encoder, task and settings are the same.
-    assert {score["head"] for score in told["scores"]} == {"attentive", "knn", "linear"}
+    # The head probed before stands beside them: encoder, task and settings are the same.
+    assert {"knn", "linear"} <= {score["head"] for score in told["scores"]}
     (shown, _) = [s for s in read_probes(folder / "run") if (s.head, s.step) == ("linear", 20)]
     assert (shown.task, shown.trained, shown.num_val) == ("squares", True, 6)
 
@@ -72,6 +74,31 @@ def test_one_checkpoint_and_the_student_can_be_named(folder, capsys):
     assert main([*words, "--which", "student", "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)["records"]
     assert (record["which"], record["step"]) == ("student", 0)
+
+
+def test_a_fitted_head_is_exported_and_scores_the_same_when_it_is_given_back(
+    folder, tmp_path, capsys
+):
+    out = tmp_path / "classifier"
+    words = ("--head", "attentive", "--json", "--out", str(tmp_path / "fitted"))
+    assert _probe(folder, *words, "--export-head", str(out)) == 0
+    printed = capsys.readouterr()
+    (fitted,) = json.loads(printed.out)["records"]
+    assert "largest difference of logits" in printed.err
+    assert (
+        json.loads((out / "config.json").read_text())["id2label"]["0"] == fitted["class_names"][0]
+    )
+    head = (
+        tmp_path / "fitted" / "heads" / "squares-step00000020-teacher-attentive-seed0.safetensors"
+    )
+    for given in (head, out):
+        assert _probe(folder, "--given-head", str(given), "--json") == 0
+        (scored,) = json.loads(capsys.readouterr().out)["records"]
+        assert scored["confusion"] == fitted["confusion"]
+        assert (scored["head"], scored["rules"][0]["rule"]) == ("given", "fixed")
+    assert _probe(folder, "--head", "knn", "--given-head", str(head)) == ExitCode.USAGE
+    assert _probe(folder, "--workers", "2") == ExitCode.USAGE
+    assert "--workers needs Ray" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ def record(
         which=request.which,
         step=request.step,
         task=request.task.name,
-        head=head,
+        # Not beside a head that was fitted here, as if it were another seed of it.
+        head=head if request.given_head is None else "given",
         seed=seed,
         top1=found.top1,
         top5=found.top5 if num_classes > 5 else None,
