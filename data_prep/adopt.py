@@ -164,8 +164,7 @@ def _tars(folder: Path, out: Path, *, overwrite: bool) -> list[Path]:
 
 
 def _linked(tars: Sequence[Path], out: Path) -> list[Path]:
-    links = []
-    fit = all(SHARD_PATTERN.fullmatch(path.name) for path in tars)
+    links, fit = [], all(SHARD_PATTERN.fullmatch(path.name) for path in tars)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(tars):
@@ -265,8 +264,8 @@ def _without_text(shard: ForeignShard) -> IndexedShard:
 
 
 def _with_unique_keys(shards: Sequence[IndexedShard]) -> list[IndexedShard]:
-    keys = np.concatenate([shard.records["key"] for shard in shards])
-    found, counts = np.unique(keys, return_counts=True)
+    keys = [shard.records["key"] for shard in shards]
+    found, counts = np.unique(np.concatenate(keys), return_counts=True)
     twice = set(found[counts > 1].tolist())
     if not twice:
         return list(shards)
@@ -282,8 +281,8 @@ def _with_unique_keys(shards: Sequence[IndexedShard]) -> list[IndexedShard]:
 
 
 def _write_rejected(out: Path, rejections: Sequence[Rejection]) -> None:
-    lines = [rejection.model_dump_json(exclude_none=True) + "\n" for rejection in rejections]
-    write_durably(out / REJECTED_NAME, "".join(lines).encode())
+    text = "".join(f"{one.model_dump_json(exclude_none=True)}\n" for one in rejections)
+    write_durably(out / REJECTED_NAME, text.encode())
 
 
 def _summary(report: IndexReport) -> str:
