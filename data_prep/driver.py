@@ -131,19 +131,19 @@ class _Crew(Generic[Job, Result]):
         self._max_running = max(2, _JOBS_PER_CPU * num_at_a_time)
 
     def run(self, on_done: Callable[[Result], None]) -> None:
-        """Until nothing waits and nothing runs."""
-        try:
-            while self._fill() or self._running:
-                done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
-                for task in done:
-                    result = self._outcome(task, self._running.pop(task))
-                    if result is not None:
-                        on_done(result)
-                self.end_hanging(self._running)
-        finally:
-            # Only where something went wrong is anything left; nobody waits for it any more.
-            for task in self._running:
-                self._ray.cancel(task, force=True)
+        """Until nothing waits and nothing runs.
+
+        What is in flight when something goes wrong is left to end with Ray: it may still publish,
+        and would publish what the next run does. To cancel it has a race in Ray that aborts the
+        driver when a task completes at that moment.
+        """
+        while self._fill() or self._running:
+            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+            for task in done:
+                result = self._outcome(task, self._running.pop(task))
+                if result is not None:
+                    on_done(result)
+            self.end_hanging(self._running)
 
     def after_death(self, job: Job, error: Exception) -> Job:
         """What to do again after the worker of a job died."""

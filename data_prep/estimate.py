@@ -64,7 +64,7 @@ def estimate(
     """
     watch, workers = watch or Watch(), workers or Workers()
     others: Counter[str] = Counter()
-    with known_names(out / FOLDER) as is_known, stopped_by_sigterm():
+    with known_names(out / FOLDER) as is_known:
         pile = _Pile(size=sample, is_known=is_known)
         found = open_sources(
             inputs.arguments,
@@ -76,7 +76,7 @@ def estimate(
         drawn = pile.drawn_from(found)
         if pile.num_sources == 0:
             raise nothing_found(inputs.arguments, others.total())
-        with local_ray(workers.num_cpus, workers.address) as ray:
+        with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_sigterm():
             num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
             tried = _tried(ray, drawn, settings, watch)
     scale = pile.todo_bytes / max(1, sum(source.num_bytes for source in drawn))

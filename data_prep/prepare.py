@@ -136,7 +136,8 @@ class _Work:
         todo = ledger.count("SELECT count(*) FROM source WHERE done = 0")
         shards_before = ledger.count("SELECT count(*) FROM shard WHERE done = 1")
         if self._is_unfinished():
-            with local_ray(workers.num_cpus, workers.address) as ray:
+            # Again inside, because Ray puts a handler of its own in the place of ours.
+            with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_sigterm():
                 self._prepare_items(ray)
                 allocate(ledger, self._settings)
                 self._pack(ray)

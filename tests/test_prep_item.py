@@ -1,13 +1,16 @@
-"""What a part of the sources becomes: the right videos, refused ones with their reason, same bytes.
+"""What a source becomes: the right segments, or a refusal with its reason; always the same bytes.
 
-The parts are prepared in this process; `test_prep_run.py` has the Ray driver around them.
+Sources are prepared in this process; `test_prep_run.py` has the Ray driver around them.
 """
 
 import csv
 import io
 import itertools
-import os
+import json
+import multiprocessing
+import resource
 import shutil
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,45 +18,67 @@ import av
 import numpy as np
 import pytest
 
+from data_prep.allocation import allocate, unfinished_shards
+from data_prep.item import ItemJob, prepare_item
+from data_prep.kinds.opening import open_sources
 from data_prep.ledger import Ledger
-from data_prep.part import PartJob, PartReport, prepare_part
+from data_prep.pack import ShardJob, pack_shard
+from data_prep.publication import publish_dataset
+from data_prep.records import Rejection
 from data_prep.settings import PrepSettings
-from data_prep.sources import list_sources
 from pipeline.data.decode import DecodeLimits, decode_frames, probe_media
 from pipeline.data.format import ShardIndex
-from pipeline.data.indexing import write_index
+from pipeline.errors import StorageError
 from tests.test_decode_frames import grid_video
 
 DATA = Path(__file__).parent / "data"
 VIDEOS = DATA / "videos"
 LIMITS = DecodeLimits(max_seconds=120)
-SMALL = PrepSettings(short_side=64, max_seconds=4.0)
+SMALL = PrepSettings(short_side=64, max_seconds=4.0, cut="stride")
+ALL = {"max_black_share": 1.0, "duplicates": "keep"}
 with (DATA / "MANIFEST.csv").open(encoding="utf-8", newline="") as _file:
     ROWS = {row["file"]: row for row in csv.DictReader(_file)}
 
 
-def run_part(out: Path, *roots: Path, settings: PrepSettings = SMALL, **changes) -> PartReport:
-    """Prepares all sources as one part and indexes the dataset."""
-    sources = list_sources(roots).sources
-    ledger = Ledger(out)
-    ledger.begin(sources, settings, overwrite=False)
-    job = PartJob(number=0, sources=sources, settings=settings, dataset_dir=str(out), **changes)
-    report = prepare_part(job)
-    if report.record.shard is not None:
-        write_index(out, [ledger.indexed(0, report.record.shard)], settings.as_json())
-    return report
+def job_of(source: object, item: str, ledger: Ledger, settings: PrepSettings) -> ItemJob:
+    return ItemJob(
+        source=source,
+        item=item,
+        settings=settings,
+        result=str(ledger.item_path(item)),
+        marker=str(ledger.marker_path(item)),
+    )
+
+
+def run_here(out: Path, *roots: Path, settings: PrepSettings = SMALL) -> list[Rejection]:
+    """Prepares all sources one after the other; what is wrong with them."""
+    with Ledger.open(out, settings) as ledger:
+        ledger.add_sources(open_sources([str(root) for root in roots]), settings)
+        for source, item in ledger.pending():
+            ledger.note(prepare_item(job_of(source, item, ledger, settings)).record)
+        allocate(ledger, settings)
+        for plan in unfinished_shards(ledger):
+            items = tuple((str(ledger.item_path(item)), keys) for item, keys in plan.items)
+            shard, rows = ledger.shard_path(plan.number), ledger.shard_rows(plan.number)
+            pack_shard(ShardJob(number=plan.number, items=items, shard=str(shard), rows=str(rows)))
+            ledger.database.execute("UPDATE shard SET done = 1")
+        rejections = list(ledger.rejections())
+        if list(out.glob("*.tar")):
+            publish_dataset(ledger, settings)
+    return rejections
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PartReport]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Rejection]]:
     out = tmp_path_factory.mktemp("prepared") / "dataset"
-    return out, run_part(out, VIDEOS)
+    # A black video stays where a person wants it, and its equal parts as well.
+    return out, run_here(out, VIDEOS, settings=SMALL.model_copy(update=ALL))
 
 
 def test_every_kept_test_video_is_taken_or_refused_as_its_manifest_says(
-    prepared: tuple[Path, PartReport],
+    prepared: tuple[Path, list[Rejection]],
 ) -> None:
-    refused = {item.source: item for item in prepared[1].record.rejections}
+    refused = {item.source: item for item in prepared[1]}
     for name, row in ROWS.items():
         if row["expect"] == "reject" or row["reason"] in ("too short", "picture too small"):
             assert (refused[name].reason, refused[name].kept_samples) == (row["reason"], 0), name
@@ -65,7 +90,7 @@ def test_every_kept_test_video_is_taken_or_refused_as_its_manifest_says(
     assert refused["invalid_nalu.mp4"].reason == "too short"
 
 
-def test_every_segment_is_what_shards_promise(prepared: tuple[Path, PartReport]) -> None:
+def test_every_segment_is_what_shards_promise(prepared: tuple[Path, list[Rejection]]) -> None:
     index = ShardIndex.open(prepared[0])
     assert len(index) > 20
     for number in range(len(index)):
@@ -90,7 +115,7 @@ def test_every_segment_is_what_shards_promise(prepared: tuple[Path, PartReport])
 
 
 def test_segments_of_a_long_video_follow_one_another_and_cover_it(
-    prepared: tuple[Path, PartReport],
+    prepared: tuple[Path, list[Rejection]],
 ) -> None:
     index = ShardIndex.open(prepared[0])
     sidecars = [index.read_sidecar(index.record(number)) for number in range(len(index))]
@@ -106,7 +131,7 @@ def test_segments_of_a_long_video_follow_one_another_and_cover_it(
 @pytest.mark.parametrize("name", ["bikes_640x272.mp4", "nonzero_start.mp4", "negative_pts.ts"])
 def test_frame_k_shows_what_the_source_shows_at_that_time(tmp_path: Path, name: str) -> None:
     settings = PrepSettings(short_side=1000, max_seconds=3.0, min_seconds=0.3, crf=10)
-    run_part(tmp_path / "out", VIDEOS / name, settings=settings)
+    run_here(tmp_path / "out", VIDEOS / name, settings=settings)
     index = ShardIndex.open(tmp_path / "out")
     for number in range(len(index)):
         record = index.record(number)
@@ -128,7 +153,7 @@ def test_frame_k_shows_what_the_source_shows_at_that_time(tmp_path: Path, name: 
 def test_a_turned_and_mirrored_source_is_stored_upright(tmp_path: Path, degrees: int) -> None:
     video = tmp_path / "turned.mp4"
     video.write_bytes(grid_video(num_frames=16, rotation=(degrees, True, False)))
-    run_part(tmp_path / "out", video, settings=PrepSettings(short_side=48, crf=5))
+    run_here(tmp_path / "out", video, settings=PrepSettings(short_side=48, crf=5))
     index = ShardIndex.open(tmp_path / "out")
     times = np.array([0.0, 1.0])
     stored = decode_frames(index.read_member(index.record(0)), times, LIMITS).frames_THWC
@@ -154,7 +179,7 @@ def test_full_range_colours_keep_their_values(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     video = tmp_path / "full.mp4"
     video.write_bytes(buffer.getvalue())
-    run_part(tmp_path / "out", video, settings=PrepSettings(short_side=64, crf=5))
+    run_here(tmp_path / "out", video, settings=PrepSettings(short_side=64, crf=5))
     index = ShardIndex.open(tmp_path / "out")
     stored = decode_frames(index.read_member(index.record(0)), np.zeros(1), LIMITS).frames_THWC[0]
     # Read as limited range, black and white would be off by about 16 levels.
@@ -168,7 +193,7 @@ def test_copy_keeps_conforming_bytes_and_transcodes_the_rest(tmp_path: Path) -> 
     (sources / "long_gop.mp4").write_bytes(grid_video(num_frames=40, gop=40))
     shutil.copy(VIDEOS / "carphone_qcif.mp4", sources)
     settings = PrepSettings(short_side=48, mode="copy")
-    run_part(tmp_path / "out", sources, settings=settings)
+    run_here(tmp_path / "out", sources, settings=settings)
     index = ShardIndex.open(tmp_path / "out")
     same = {}
     for number in range(len(index)):
@@ -177,20 +202,20 @@ def test_copy_keeps_conforming_bytes_and_transcodes_the_rest(tmp_path: Path) -> 
     assert same == {"conforms.mp4": True, "long_gop.mp4": False, "carphone_qcif.mp4": False}
 
 
-def test_the_same_part_gives_the_same_bytes_whenever_it_is_done(tmp_path: Path) -> None:
+def test_the_same_sources_give_the_same_bytes_whenever_they_are_done(tmp_path: Path) -> None:
     names = ["carphone_qcif.mp4", "nasa_rotated.mp4", "no_duration.webm", "not_a_video.mp4"]
     videos = [VIDEOS / name for name in names]
     for number in (1, 2):
-        run_part(tmp_path / f"out{number}", *videos)
+        run_here(tmp_path / f"out{number}", *videos)
     for path in sorted((tmp_path / "out1").rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".sqlite":
             twin = tmp_path / "out2" / path.relative_to(tmp_path / "out1")
             assert path.read_bytes() == twin.read_bytes(), path
     assert not list((tmp_path / "out1").rglob("*.partial*"))
 
 
 def test_native_rate_keeps_the_rate_of_the_source(tmp_path: Path) -> None:
-    run_part(
+    run_here(
         tmp_path / "out",
         VIDEOS / "carphone_qcif.mp4",
         settings=PrepSettings(short_side=64, fps="native"),
@@ -199,38 +224,63 @@ def test_native_rate_keeps_the_rate_of_the_source(tmp_path: Path) -> None:
     assert (record.num_frames, record.fps) == (120, pytest.approx(30000 / 1001))
 
 
-def test_a_source_that_vanished_or_outlasts_its_time_is_refused_and_the_rest_goes_on(
-    tmp_path: Path,
-) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        shutil.copy(VIDEOS / "carphone_qcif.mp4", tmp_path / name)
-    sources = list_sources([tmp_path]).sources
-    (tmp_path / "a.mp4").unlink()
-    out = tmp_path / "out"
-    Ledger(out).begin(sources, SMALL, overwrite=False)
-    report = prepare_part(PartJob(number=0, sources=sources, settings=SMALL, dataset_dir=str(out)))
-    assert [item.reason for item in report.record.rejections] == ["not a regular file"]
-    assert report.record.shard is not None
-    hasty = PrepSettings(short_side=64, time_limit_seconds=1e-4)
-    slow = run_part(tmp_path / "slow", tmp_path / "b.mp4", settings=hasty)
-    assert [item.reason for item in slow.record.rejections] == ["time limit"]
+def test_a_source_that_vanished_or_outlasts_its_time_is_refused(tmp_path: Path) -> None:
+    shutil.copy(VIDEOS / "carphone_qcif.mp4", tmp_path / "a.mp4")
+    (source,) = open_sources([str(tmp_path / "a.mp4")])
+    hasty = SMALL.model_copy(update={"time_limit_seconds": 1e-4})
+    with Ledger.open(tmp_path / "out", SMALL) as ledger:
+        late = prepare_item(job_of(source, "late", ledger, hasty)).record
+        (tmp_path / "a.mp4").unlink()
+        gone = prepare_item(job_of(source, "gone", ledger, SMALL)).record
+    assert [one.reason for one in late.rejections] == ["time limit"]
+    assert [one.reason for one in gone.rejections] == ["not a regular file"]
 
 
-@pytest.mark.collection
-def test_the_whole_collection_is_sorted_into_good_and_bad(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("JEPA_TEST_VIDEOS", "/nowhere"))
-    if not (folder / "MANIFEST.csv").exists():
-        pytest.skip("JEPA_TEST_VIDEOS does not name the collection")
-    with (folder / "MANIFEST.csv").open(encoding="utf-8", newline="") as file:
-        kinds = {row["file"]: row["kind"] for row in csv.DictReader(file)}
-    videos = [folder / name for name in kinds if not name.startswith("long_")]
-    settings = PrepSettings(short_side=64, min_seconds=0.01, min_side=16)
-    report = run_part(tmp_path / "out", *videos, settings=settings)
-    refused = {item.source: item.kept_samples for item in report.record.rejections}
-    too_small = {"-leading-dash-1x1.mp4", "one_frame.mp4"}
-    assert {name for name, kept in refused.items() if kept == 0} == too_small | {
-        name for name, kind in kinds.items() if kind == "odd-fail"
-    }
-    assert {name for name, kept in refused.items() if kept} == {
-        name for name, kind in kinds.items() if kind == "odd-partial"
-    }
+def test_captions_and_labels_go_with_the_part_that_they_speak_of(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(grid_video(num_frames=60))
+    captions = [
+        {"t0": 0.0, "t1": 1.0, "text": "first"},
+        {"t0": 3.0, "t1": 5.0, "text": "over the cut"},
+        {"t0": 90.0, "t1": 91.0, "text": "after the end"},
+    ]
+    (tmp_path / "a.captions.json").write_text(json.dumps(captions))
+    run_here(tmp_path / "out", tmp_path)
+    index = ShardIndex.open(tmp_path / "out")
+    stored = [
+        [(one.t0, one.t1, one.text) for one in index.read_captions(index.record(number))]
+        for number in range(2)
+    ]
+    # Cut at 3.75 s into two equal parts.
+    assert stored == [
+        [(0.0, 1.0, "first"), (3.0, 3.75, "over the cut")],
+        [(0.0, 1.25, "over the cut")],
+    ]
+
+
+def write_beyond_the_limit(out: Path) -> None:
+    """Exits with 0 if a full disk is told as such and nothing half-written stays."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    (source,) = open_sources([str(VIDEOS / "carphone_qcif.mp4")])
+    result = out / "item.tar"
+    job = ItemJob(
+        source=source,
+        item="item",
+        settings=SMALL,
+        result=str(result),
+        marker=str(out / "marker"),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        prepare_item(job)
+    except StorageError as error:
+        raise SystemExit(0 if "cannot be written" in str(error) and not any(out.iterdir()) else 2)  # noqa: B904
+    raise SystemExit(1)
+
+
+def test_an_item_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=write_beyond_the_limit, args=(tmp_path,)
+    )
+    process.start()
+    process.join(timeout=200)
+    assert process.exitcode == 0
