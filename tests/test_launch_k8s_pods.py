@@ -1,5 +1,6 @@
 """The words of a rendered pod do what they promise: run for real, as process 1 where permitted."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.job import JobSpec
 from launch.k8s import objects
 from launch.k8s_pod import main, parse_options
 from launch.local import start_node
+from launch.ray import verdict
 from launch.site import KubernetesSite, Site
 from pipeline.environment import free_port
 from pipeline.errors import ConfigError, UsageError
@@ -23,7 +26,7 @@ from tests.k8s_objects import pod_templates
 from tests.running import finish, jepa, long_stage, wait_until, write_config
 from tests.shards import write_dataset
 
-NUM_STEPS = 30
+NUM_STEPS = 80
 # Two starts with their checks; on a busy machine imports alone take a minute.
 PATIENCE_SECONDS = 400
 pytestmark = pytest.mark.timeout(1500)
@@ -232,16 +235,38 @@ def test_pods_save_when_told_and_go_on_as_if_nothing_had_been(folder, losses):
     assert losses_of(run) == losses
 
 
-def test_ray_train_gives_the_same_losses(folder, losses):
+def test_ray_train_starts_ranks_again_and_gives_the_same_losses(folder, losses):
     config, run = write_config(folder, "ray", stages=long_stage(NUM_STEPS)), folder / "ray"
     started = jepa("launch", "ray", config, "--ranks", 2, "--cpus-only")
     wait_until(lambda: has_step(run, 3), "step 3", PATIENCE_SECONDS)
+    rank_of(started, "1").kill()
+    wait_until(lambda: "resume" in names_of(run), "a new start by Ray", PATIENCE_SECONDS)
+    before = len(read_metrics(run))
+    wait_until(lambda: has_step(run, before + 2), "further steps", PATIENCE_SECONDS)
     started.send_signal(signal.SIGTERM)
     code, output = finish(started, PATIENCE_SECONDS)
     assert code == 75, output[-4000:]
-    assert len(read_metrics(run)) < NUM_STEPS
-    code, output = finish(
-        jepa("launch", "ray", config, "--ranks", 2, "--cpus-only"), PATIENCE_SECONDS
-    )
-    assert code == 0, output[-4000:]
-    assert losses_of(run) == losses
+    found = read_metrics(run)
+    assert 3 < len(found) < NUM_STEPS
+    assert [step.report.loss for step in found] == losses[: len(found)]
+
+
+def rank_of(started: subprocess.Popen, rank: str) -> psutil.Process:
+    """A rank among all that a process has started."""
+    for process in psutil.Process(started.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "--or-resume" in process.cmdline() and process.environ().get("RANK") == rank:
+                return process
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def names_of(run: Path) -> list[str]:
+    return [event.name for event in read_events(run)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([0, 75], 75), ([76, 78], 78), ([76, 75], 76), ([75, 65], 65), ([76, 76], 76)],
+)
+def test_ranks_under_ray_end_with_the_code_of_the_cause(codes, expected):
+    assert verdict(codes) == expected
