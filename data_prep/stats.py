@@ -1,10 +1,11 @@
 """What a dataset consists of, as numbers and as one picture."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib.figure
 import numpy as np
@@ -19,6 +20,15 @@ _RATE_EDGES_FPS = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 25.0, 30.0, 
 _SIDE_EDGES_PIXELS = (0, 64, 128, 192, 256, 288, 320, 384, 480, 540, 720, 1080, 2160)
 _ASPECT_EDGES = (0.0, 0.5, 0.6, 0.8, 0.95, 1.05, 1.25, 1.4, 1.6, 1.85, 2.4, 4.0)
 _RATE_EDGES_KBPS = (0, 50, 100, 200, 400, 600, 800, 1200, 1600, 2400, 4800)
+
+# What is drawn of the manifest's own histograms.
+_COUNTED = {
+    "motion": "motion [grey levels a second]",
+    "still_share": "share of still pictures",
+    "source_seconds": "sources: duration [s]",
+    "source_fps": "sources: frame rate [fps]",
+    "source_short_side": "sources: short side [pixels]",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +48,18 @@ class Histogram:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """A histogram of the manifest, counted when the dataset was prepared.
+
+    Bin n holds edges[n] ≤ x < edges[n + 1], the last everything from the last edge on.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetStats:
     """The figures of one dataset."""
 
@@ -52,6 +74,9 @@ class DatasetStats:
     members: dict[str, int]
     """Samples that have each kind of member."""
     histograms: tuple[Histogram, ...]
+    counted: tuple[Counted, ...]
+    """Of what the index does not know: motion, and the sources; empty for foreign shards."""
+    source_codecs: dict[str, int]
 
 
 def dataset_stats(dataset: Path) -> DatasetStats:
@@ -87,6 +112,8 @@ def dataset_stats(dataset: Path) -> DatasetStats:
             _histogram("aspect", "width / height", aspect, _ASPECT_EDGES),
             _histogram("bit rate", "kbit/s", kbps, _RATE_EDGES_KBPS),
         ),
+        counted=_counted(index.manifest.figures),
+        source_codecs=cast("dict[str, int]", index.manifest.figures.get("source_codecs", {})),
     )
 
 
@@ -96,14 +123,20 @@ def draw(stats: DatasetStats, path: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    figure = matplotlib.figure.Figure(figsize=(11.0, 6.4), dpi=110)
-    axes = figure.subplots(2, 3).ravel()
+    num_rows = 2 + -(-len(stats.counted) // 3)
+    figure = matplotlib.figure.Figure(figsize=(11.0, 3.2 * num_rows), dpi=110)
+    axes = figure.subplots(num_rows, 3).ravel()
     for axis, histogram in zip(axes, stats.histograms, strict=False):
         labels = _bin_labels(histogram.edges)
         _bars(axis, labels, histogram.counts, f"{histogram.name} [{histogram.unit}]")
     names = {f"codec {name}": count for name, count in stats.codecs.items()}
     names |= {f"has {name}": count for name, count in stats.members.items() if count}
-    _bars(axes[-1], list(names), list(names.values()), "samples by codec and member")
+    names |= {f"from {name}": count for name, count in stats.source_codecs.items()}
+    _bars(axes[5], list(names), list(names.values()), "samples by codec and member; sources")
+    for axis, counted in zip(axes[6:], stats.counted, strict=False):
+        _bars(axis, _bin_labels((*counted.edges, 0.0)), counted.counts, counted.name)
+    for axis in axes[6 + len(stats.counted) :]:
+        axis.set_axis_off()
     figure.suptitle(
         f"{stats.dataset}: {stats.num_samples} samples, {stats.hours:.2f} hours, "
         f"{stats.video_bytes / 2**20:.1f} MiB of video in {stats.num_shards} shards",
@@ -111,6 +144,15 @@ def draw(stats: DatasetStats, path: Path) -> None:
     )
     figure.tight_layout()
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _counted(figures: Mapping[str, Any]) -> tuple[Counted, ...]:
+    known = figures.get("histograms", {})
+    return tuple(
+        Counted(name=title, edges=tuple(known[key]["edges"]), counts=tuple(known[key]["counts"]))
+        for key, title in _COUNTED.items()
+        if key in known
+    )
 
 
 def _histogram(name: str, unit: str, values: np.ndarray, edges: Sequence[float]) -> Histogram:

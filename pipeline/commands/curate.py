@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.commands import JsonFlag, print_json, print_text
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.conduct.curate import CurateReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,11 @@ def curate(
     if json:
         print_json(asdict(report))
         return
-    print_text(
+    print_text(_summary(report))
+
+
+def _summary(report: "CurateReport") -> str:
+    return (
         f"{report.dataset}: {report.num_clusters_drawn} of {report.num_clusters} clusters and "
         f"{report.num_samples_drawn} of {report.num_samples} samples are drawn, as varied as "
         f"{report.effective_samples:g} equal ones; {report.num_undecodable} cannot be decoded\n"
