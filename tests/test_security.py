@@ -131,10 +131,10 @@ def test_a_pickle_as_a_foreign_checkpoint_is_refused(tmp_path, canary):
     path = tmp_path / "official.pt"
     torch.save({"encoder": Payload(canary)}, path)
     with pytest.raises(JepaError, match="could run code"):
-        official._load(path)
+        official.load_pickle(path)
     path.write_bytes(pickle.dumps({"encoder": Payload(canary)}))
     with pytest.raises(JepaError):
-        official._load(path)
+        official.load_pickle(path)
 
 
 def test_a_pickle_in_a_configuration_is_refused(tmp_path, canary):

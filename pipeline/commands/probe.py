@@ -54,6 +54,8 @@ class ProbeOptions:
     """Run as a Ray task, where Ray is installed."""
     workers: PositiveInt = 1
     """Ray workers that encode; each has one GPU, or one CPU where there is none."""
+    address: str | None = None
+    """Ray cluster to join, as host:port or `auto`; it is started on this machine otherwise."""
     save_head: Annotated[bool, Parameter(negative="")] = False
     """Keep the weights of the chosen attentive heads, in `OUT/heads`."""
     given_head: Path | None = None
@@ -109,7 +111,7 @@ def probe(
     ]
     if asked.export_head is not None and len(requests) > 1:
         raise UsageError("--export-head takes one checkpoint, got several --steps")
-    records = _run_all(requests, on_ray=asked.ray, workers=asked.workers)
+    records = _run_all(requests, asked)
     if asked.export_head is not None:
         _export(requests[0], asked.export_head)
     if json:
@@ -137,8 +139,10 @@ def _check_options(asked: ProbeOptions) -> None:
         raise UsageError(f"{wanted} is about the attentive head, but --head {asked.head} was asked")
     if asked.workers > 1 and not asked.ray:
         raise UsageError("--workers needs Ray, but --no-ray was given")
+    if asked.address is not None and not asked.ray:
+        raise UsageError("--address is Ray's, but --no-ray was given")
     num_gpus = torch.cuda.device_count()
-    if 0 < num_gpus < asked.workers:
+    if asked.address is None and 0 < num_gpus < asked.workers:
         raise UsageError(f"--workers {asked.workers}: each takes a GPU, and there are {num_gpus}")
 
 
@@ -165,8 +169,9 @@ def _export(request: ProbeRequest, out: Path) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{out}: {told}", markup=False)
 
 
-def _run_all(requests: Sequence[ProbeRequest], *, on_ray: bool, workers: int) -> list[ProbeRecord]:
+def _run_all(requests: Sequence[ProbeRequest], asked: ProbeOptions) -> list[ProbeRecord]:
     """One after the other: each may use the whole machine."""
+    on_ray, workers = asked.ray, asked.workers
     console = Console(stderr=True, highlight=False)
     if on_ray and importlib.util.find_spec("ray") is None:
         console.print("Ray is not installed: the probe runs in this process.")
@@ -181,7 +186,7 @@ def _run_all(requests: Sequence[ProbeRequest], *, on_ray: bool, workers: int) ->
     ) as progress:
         report = _shown(progress)
         with (
-            local_ray(_cpus(workers)) if on_ray else nullcontext()
+            local_ray(_cpus(workers), asked.address) if on_ray else nullcontext()
         ):  # started once for all checkpoints
             for request in requests:
                 if on_ray and workers > 1:
