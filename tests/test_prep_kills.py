@@ -215,7 +215,7 @@ def test_a_full_disk_is_named_and_when_there_is_room_the_same_command_goes_on(
 ) -> None:
     out = small_disk / "dataset"
     # Twice in a row, at different places.
-    for free in (170 << 10, 220 << 10):
+    for free in (170 << 10, 30 << 10):
         leave_free(small_disk, free)
         with pytest.raises(StorageError, match=r"No space left|disk is full") as full:
             run_prep(sources, out=out, settings=SETTINGS)
