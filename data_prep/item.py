@@ -20,7 +20,7 @@ from data_prep.filters import unfit
 from data_prep.kinds.material import Material, material
 from data_prep.measure import Measured, measure
 from data_prep.media import opened
-from data_prep.records import ItemRecord, Rejection, SegmentFigures, SegmentRecord, Source
+from data_prep.records import ItemRecord, Rejection, SegmentRecord, Source
 from data_prep.samples import Sample, sample_of
 from data_prep.settings import PrepSettings
 from data_prep.transcode import Segment, SegmentPlan, conforms, plan_segments, transcode
@@ -180,11 +180,11 @@ class _Work:
             sample = sample_of(self._source, sha256, segment, plan.partial)
             sample |= made.members(segment.start_seconds, segment.end_seconds)
             self._writer.write(sample)
-            figures = found.figures(segment.start_seconds, segment.end_seconds)
-            self._segments.append(_record_of(segment, sample, figures))
+            self._segments.append(_record_of(segment, sample, found))
         if found.info.partial is not None:
             self._reject(
-                BadReason.UNDECODABLE,
+                # The text begins with the reason: it broke, or the file ends too early.
+                BadReason(found.info.partial.split(":")[0]),
                 f"after {found.info.duration_seconds:.3f} s, which were kept: {plan.partial}",
             )
 
@@ -234,7 +234,8 @@ class _Work:
         )
 
 
-def _record_of(segment: Segment, sample: Sample, figures: SegmentFigures) -> SegmentRecord:
+def _record_of(segment: Segment, sample: Sample, found: Measured) -> SegmentRecord:
+    span = segment.start_seconds, segment.end_seconds
     return SegmentRecord(
         number=segment.number,
         key=str(sample["__key__"]),
@@ -246,5 +247,6 @@ def _record_of(segment: Segment, sample: Sample, figures: SegmentFigures) -> Seg
         height=segment.height,
         num_bytes=sum(len(content) for name, content in sample.items() if name != "__key__"),
         video_sha256=hashlib.sha256(segment.payload).hexdigest(),
-        figures=figures,
+        content_sha256=found.content_sha256(*span),
+        figures=found.figures(*span),
     )

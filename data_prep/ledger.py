@@ -130,7 +130,7 @@ class Ledger:
             [
                 (
                     record.source, s.number, s.key, s.num_bytes, s.end_seconds - s.start_seconds,
-                    s.width, s.height, s.video_sha256, "".join(s.figures.hashes),
+                    s.width, s.height, s.content_sha256, "".join(s.figures.hashes),
                 )
                 for s in record.segments
             ],

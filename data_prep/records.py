@@ -106,7 +106,9 @@ class SegmentRecord(Section):
     num_bytes: int
     """Bytes of all its members."""
     video_sha256: str
-    """Digest of the stored video: equal for sources that differ in their container alone."""
+    """Digest of the stored video."""
+    content_sha256: str
+    """Digest of the decoded frames: equal for sources that differ in their container alone."""
     figures: SegmentFigures
     """What its pictures are like."""
 

@@ -38,7 +38,8 @@ def record(name: str, sizes: list[int], look: str = "", hashes: str = "0f" * 8) 
                 width=64,
                 height=48,
                 num_bytes=size,
-                video_sha256=f"{look or name} {number}",
+                video_sha256=f"{name} {number}",
+                content_sha256=f"{look or name} {number}",
                 figures=SegmentFigures(
                     motion=1.0, black_share=0.0, still_share=0.0, hashes=(hashes,) * 8
                 ),

@@ -18,7 +18,7 @@ def record(number: int, lengths: tuple[float, ...], motion: float = 12.0) -> Ite
         SegmentRecord(
             number=place, key=f"k{number}-{place}", start_seconds=1.0, end_seconds=1.0 + length,
             num_frames=8, fps=8.0, width=512, height=384, num_bytes=10, video_sha256="0" * 64,
-            figures=figures,
+            content_sha256="1" * 64,            figures=figures,
         )
         for place, length in enumerate(lengths)
     )  # fmt: skip

@@ -36,7 +36,7 @@ def scene(seed: int, speed: float = 20.0) -> Picture:
 
 
 def clip(
-    *parts: tuple[Picture, float], fps: int = 24, container: str = "mp4", **options: str
+    *parts: tuple[Picture, float], fps: int | Fraction = 24, container: str = "mp4", **options: str
 ) -> bytes:
     """A video of scenes that follow one another, each of some seconds."""
     buffer = io.BytesIO()
@@ -47,8 +47,8 @@ def clip(
         number = 0
         for picture, seconds in parts:
             for place in range(round(seconds * fps)):
-                frame = av.VideoFrame.from_ndarray(picture(place / fps), format="rgb24")
-                frame.pts, frame.time_base = number, Fraction(1, fps)
+                frame = av.VideoFrame.from_ndarray(picture(place / float(fps)), format="rgb24")
+                frame.pts, frame.time_base = number, 1 / Fraction(fps)
                 output.mux(stream.encode(frame))
                 number += 1
         output.mux(stream.encode(None))
@@ -159,7 +159,9 @@ def test_hashes_are_those_of_the_imagehash_library() -> None:
 
 
 def test_the_digest_of_frames_survives_another_container_and_nothing_else() -> None:
-    payload = clip((scene(6), 2.0))
+    # In milliseconds, as Matroska has it, other frames stand at the eighths of a second.
+    fps = Fraction(30000, 1001)
+    payload = clip((scene(6), 3.0), (scene(7), 3.0), fps=fps)
     buffer = io.BytesIO()
     with av.open(io.BytesIO(payload)) as source, av.open(buffer, "w", format="matroska") as packed:
         stream = packed.add_stream_from_template(source.streams.video[0])
@@ -167,9 +169,11 @@ def test_the_digest_of_frames_survives_another_container_and_nothing_else() -> N
             if packet.dts is not None:
                 packet.stream = stream
                 packed.mux(packet)
-    again = clip((scene(6), 2.0), crf="19")
-    digests = [measure(p, SETTINGS).frames_sha256 for p in (payload, buffer.getvalue(), again)]
+    again = clip((scene(6), 3.0), (scene(7), 3.0), fps=fps, crf="19")
+    found = [measure(p, SETTINGS) for p in (payload, buffer.getvalue(), again)]
+    digests = [one.content_sha256(3.0, 6.0) for one in found]
     assert digests[0] == digests[1] != digests[2]
+    assert found[0].content_sha256(0.0, 3.0) != digests[0]
 
 
 def test_pictures_looked_at_are_those_stored_at_eight_a_second() -> None:
