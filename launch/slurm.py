@@ -127,11 +127,20 @@ def _variables(job: JobSpec, site: Site) -> list[str]:
         "# Container: options of srun (pyxis), or what stands before the command (apptainer).",
         f"step_options={_array(_step_options(job, site))}",
         f"inside={_array(_inside(job, site))}",
-        *(f"export {name}={quoted(value)}" for name, value in sorted(job.environment.items())),
+        "unset TORCH_EXTENSIONS_DIR    # the submitter's own is not meant for a job",
+        *_exports(job, site),
         "setup() {",
         *(f"  {line}" for line in site.slurm.setup or (":",)),
         "}",
     ]
+
+
+def _exports(job: JobSpec, site: Site) -> list[str]:
+    variables = dict(job.environment)
+    if job.is_on_ray:
+        seconds = str(site.ray.cluster_wait_seconds)
+        variables.setdefault("RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT", seconds)
+    return [f"export {name}={quoted(value)}" for name, value in sorted(variables.items())]
 
 
 def _agent(launcher: str, job: JobSpec, site: Site) -> tuple[str, ...]:

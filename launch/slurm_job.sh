@@ -202,6 +202,24 @@ exclude_bad_nodes() {
   exit 76
 }
 
+# symmetric-run calls `ray stop` at its end, which ends every Ray of this user on the node, that of
+# another job as well. Here `stop` ends what carries this job's number.
+own_ray() {
+  mkdir -p "$records/$job.bin"
+  cat >"$records/$job.bin/ray" <<SHIM
+#!/bin/bash
+case " \$* " in *" --head "*) set -- "\$@" --include-dashboard=false ;; esac
+if [ "\$1" != stop ]; then exec $(printf %q "${agent[0]}") -m ray.scripts.scripts "\$@"; fi
+for process in /proc/[0-9]*; do
+  if grep -qzxF "SLURM_JOB_ID=\$SLURM_JOB_ID" "\$process/environ" 2>/dev/null \
+    && grep -qzE '^ray::|/raylet$|/gcs_server$|/ray/(dashboard|_private)/' "\$process/cmdline"
+  then kill "\${process#/proc/}"; fi
+done 2>/dev/null
+exit 0
+SHIM
+  chmod 755 "$records/$job.bin/ray"
+}
+
 if [ ${#preflight[@]} -gt 0 ]; then
   rm -f "$bad_nodes"
   step preflight 1 "${preflight[@]}" --bad-nodes "$bad_nodes"; code=$?
@@ -230,8 +248,11 @@ case $launcher in
     # Whoever reaches Ray's ports may run code: only those who can read this file.
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$records/$job.token
     (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
-    step ranks "$tasks_per_node" "${agent[@]}" "$MASTER_ADDR:$MASTER_PORT" --min-nodes "$num_nodes" \
-      --num-cpus "$cpus_per_task" --include-dashboard false --disable-usage-stats \
+    own_ray
+    # shellcheck disable=SC2016
+    step ranks "$tasks_per_node" bash -c 'PATH=$0:$PATH exec "$@"' "$records/$job.bin" \
+      "${agent[@]}" "$MASTER_ADDR:$MASTER_PORT" --min-nodes "$num_nodes" \
+      --num-cpus "$cpus_per_task" --disable-usage-stats \
       -- "${command[@]}" ;;
 esac
 code=$?
