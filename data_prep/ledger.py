@@ -114,7 +114,7 @@ class Ledger:
         """Takes in what became of a source; a segment keeps the shard it was given before."""
         self.database.execute(
             "UPDATE source SET done = 1, record = ? WHERE name = ?",
-            (record.model_dump_json(), record.source),
+            (record.model_dump_json(exclude_defaults=True), record.source),
         )
         self.database.execute("DELETE FROM rejection WHERE source = ?", (record.source,))
         self.database.executemany(

@@ -12,7 +12,9 @@ import pytest
 
 from data_prep import driver
 from data_prep.driver import Workers
+from data_prep.estimate import estimate
 from data_prep.item import ItemDone, ItemJob, prepare_item
+from data_prep.prepare import Inputs
 from data_prep.settings import PrepSettings
 from pipeline.cluster import local_ray
 from pipeline.data.decode import DecodeLimits, decode_frames
@@ -146,6 +148,27 @@ def test_bins_keep_shapes_and_lengths_apart(tmp_path: Path) -> None:
     assert shown == [
         (0, True, False), (1, True, True), (2, False, False), (3, False, True)
     ]  # fmt: skip
+
+
+def test_an_estimate_from_all_sources_is_what_comes_out_and_writes_nothing(
+    sources: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"duplicates": "keep"})
+    inputs, out = Inputs(arguments=(str(sources),)), tmp_path / "dataset"
+    guess = estimate(inputs, out, settings, sample=100)
+    assert not out.exists()
+    report = run_prep(sources, out=out, settings=settings)
+    assert (guess.num_sources, guess.num_sampled, guess.num_known) == (10, 10, 0)
+    assert (guess.num_samples, guess.rejected) == (report.num_samples, report.rejected)
+    assert guess.hours == pytest.approx(report.hours, abs=1e-6)
+    assert (guess.num_others, guess.source_bytes) == (1, report.source_bytes)
+    # Tar headers come on top.
+    assert 0 < guess.shard_bytes < report.shard_bytes
+    # An even part stands for all of them, and what is done costs nothing.
+    some = estimate(inputs, tmp_path / "other", settings, sample=5)
+    assert (some.num_sampled, some.num_sources) == (5, 10)
+    done = estimate(inputs, out, settings)
+    assert (done.num_known, done.num_sampled, done.num_samples, done.seconds) == (10, 0, 0, 0.0)
 
 
 def test_another_dataset_is_never_mixed_in(
