@@ -210,11 +210,14 @@ own_ray() {
 #!/bin/bash
 case " \$* " in *" --head "*) set -- "\$@" --include-dashboard=false ;; esac
 if [ "\$1" != stop ]; then exec $(printf %q "${agent[0]}") -m ray.scripts.scripts "\$@"; fi
-for process in /proc/[0-9]*; do
-  if grep -qzxF "SLURM_JOB_ID=\$SLURM_JOB_ID" "\$process/environ" 2>/dev/null \
-    && grep -qzE '^ray::|/raylet$|/gcs_server$|/ray/(dashboard|_private)/' "\$process/cmdline"
-  then kill "\${process#/proc/}"; fi
-done 2>/dev/null
+end_own() {
+  for process in /proc/[0-9]*; do
+    if grep -qzxF "SLURM_JOB_ID=\$SLURM_JOB_ID" "\$process/environ" \
+      && grep -qzE '^ray::|/ray/(core|dashboard|autoscaler|_private)/' "\$process/cmdline"
+    then kill "-\$1" "\${process#/proc/}"; fi
+  done 2>/dev/null
+}
+end_own TERM; sleep 3; end_own KILL    # the server of the cluster's state may not go at once
 exit 0
 SHIM
   chmod 755 "$records/$job.bin/ray"

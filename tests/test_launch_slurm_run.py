@@ -258,3 +258,17 @@ def test_an_array_of_preparations_is_followed_by_training_and_by_an_array_of_pro
     assert [commit.step for commit in commits] == [0, 2]
     runs.wait_until(lambda: len(read_probes(runs.folder / "chained")) == 2, "both probes")
     assert sorted(score.step for score in read_probes(runs.folder / "chained")) == [0, 2]
+
+
+@pytest.mark.slow
+def test_preparation_spreads_over_nodes_by_ray_and_leaves_no_process_of_it(runs):
+    words = ["run", "videos/train", "--out", "spread"]
+    runs.launch(spread=["--kind", "prep", "--name", "spread", "--nodes", 2, "--", *words])
+    assert runs.cluster.wait_for_end(runs.ids["spread"])["JobState"] == "COMPLETED"
+    assert (runs.folder / "spread/manifest.json").read_bytes() == (
+        runs.folder / "prepared/train/manifest.json"
+    ).read_bytes()
+    log = next((runs.folder / "runs/spread/jobs").glob("*.out")).read_text()
+    assert "Running command on head node" in log
+    token = next((runs.folder / "runs/spread/jobs").glob("*.token"))
+    assert token.stat().st_mode & 0o077 == 0
