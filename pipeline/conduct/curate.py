@@ -107,6 +107,7 @@ def curate(
     encoder = load_encoder(settings.encoder, which=settings.which)
     encoder.config.grid(settings.clip.frames, settings.clip.resolution)
     sets = [_Embedded(path, dataset, settings) for path in (dataset, *(t.path for t in targets))]
+    _check_number(settings.clusters, len(sets[0].index))
     digest = encoder_digest(encoder)
     del encoder
     embedded = _embed_missing(sets, digest, address, on_progress)
@@ -213,12 +214,17 @@ def _run(
 
 def _found_clusters(own: _Embedded, digest: str, settings: CurateSettings) -> Clusters:
     rows = some_rows(own.features(digest), len(own.index), _MAX_FITTED, settings.seed)
-    if len(rows) < settings.clusters:
+    _check_number(settings.clusters, len(rows))
+    return find_clusters(rows, settings.clusters, settings.seed)
+
+
+def _check_number(num_clusters: int, num_clips: int) -> None:
+    """Before the videos are decoded, and again with what could be."""
+    if num_clips < num_clusters:
         raise UsageError(
-            f"{settings.clusters} clusters of {len(rows)} clips that can be decoded",
+            f"{num_clusters} clusters of {num_clips} clips that can be decoded",
             remedy="Ask for fewer with --clusters; a cluster of 100 clips or more is usual.",
         )
-    return find_clusters(rows, settings.clusters, settings.seed)
 
 
 def _rows(
