@@ -128,9 +128,13 @@ def finished_items(out: Path) -> set[str]:
 
 
 def stop_after(sources: Path, out: Path, num_items: int, sent: signal.Signals) -> tuple[int, str]:
-    """Runs the command until so many items are done, and sends it a signal then."""
+    """Runs the command until so many more items are done, and sends it a signal then."""
     process = start_command(sources, out)
     try:
+        # By then it handles signals, and workers that a killed driver left have ended.
+        assert process.stderr is not None
+        assert "a folder of videos" in process.stderr.readline()
+        num_items += len(finished_items(out))
         deadline = time.monotonic() + 200
         while len(finished_items(out)) < num_items and process.poll() is None:
             assert time.monotonic() < deadline
@@ -150,13 +154,13 @@ def test_a_driver_killed_again_and_again_repeats_nothing_and_ends_with_the_same_
     out, log = tmp_path / "dataset", tmp_path / "done_again"
     code, _ = stop_after(sources, out, 2, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    code, errors = stop_after(sources, out, 4, signal.SIGTERM)
+    code, errors = stop_after(sources, out, 1, signal.SIGTERM)
     assert (code, "the same command continues" in errors) == (75, True), errors
-    code, errors = stop_after(sources, out, 6, signal.SIGINT)
+    code, errors = stop_after(sources, out, 1, signal.SIGINT)
     assert (code, "the same command continues" in errors) == (130, True), errors
     assert not (out / "manifest.json").exists()
     there = finished_items(out)
-    assert 6 <= len(there) < 10
+    assert 4 <= len(there) < 10
     log.touch()
 
     def noted(job: ItemJob) -> ItemDone:
