@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Literal, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -12,6 +12,9 @@ from pipeline.data.decode import DecodeLimits
 
 class PrepSettings(Section):
     """What the shards hold: the same sources and settings give the same bytes."""
+
+    keys_are_in: ClassVar[str] = "`jepa prep run --help` has a flag for every key"
+    has_shipped_files: ClassVar[bool] = False
 
     short_side: int = Field(default=384, ge=16)
     """Short side of the stored picture in pixels; smaller videos keep their size."""

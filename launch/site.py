@@ -7,7 +7,7 @@ secret: secrets are named here and kept by the scheduler.
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -157,6 +157,9 @@ class RaySite(Section):
 
 class Site(Section):
     """A cluster."""
+
+    keys_are_in: ClassVar[str] = "slurm/site-*.yaml and k8s/site-*.yaml show what a site file says"
+    has_shipped_files: ClassVar[bool] = False
 
     name: str = "cluster"
     """What messages call it."""

@@ -7,9 +7,14 @@ from typing import Annotated, Literal, Self
 import pytest
 from pydantic import Field, model_validator
 
+from data_prep.settings import PrepSettings
+from launch.site import Site
+from pipeline.conduct.settings import ConductConfig
 from pipeline.config.load import MAX_BYTES, Loaded, load_config, resolved_yaml
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError, ExitCode, UsageError
+from pipeline.plan.cluster import Cluster
+from pipeline.probe.tasks import TaskConfig
 
 
 class Colour(Enum):
@@ -239,6 +244,22 @@ def test_a_missing_file_names_its_neighbours(load):
         load_config(Path("runs"), Whole)
     with pytest.raises(UsageError, match="the folder nowhere does not exist"):
         load_config(Path("nowhere/run.yaml"), Whole)
+
+
+@pytest.mark.parametrize(
+    "schema", [Cluster, ConductConfig, PrepSettings, Site, TaskConfig], ids=lambda s: s.__name__
+)
+def test_a_wrong_file_of_another_kind_is_not_sent_to_the_keys_or_files_of_runs(load, schema):
+    Path("wrong.yaml").write_text("nonsens: 1\n")
+    with pytest.raises(ConfigError) as wrong:
+        load_config(Path("wrong.yaml"), schema)
+    assert schema.keys_are_in in wrong.value.remedy
+    assert "`jepa config schema`" not in wrong.value.remedy
+    with pytest.raises(UsageError) as missing:
+        load_config(Path("tiny-cpuu.yaml"), schema)
+    assert "tiny-cpu.yaml" not in str(missing.value)
+    with pytest.raises(UsageError, match=r"tiny-cpu\.yaml"):
+        load_config(Path("tiny-cpuu.yaml"), Whole)
 
 
 def test_a_file_that_is_no_configuration_is_refused_with_its_line(load):

@@ -48,11 +48,13 @@ def diff(left: Path, right: Path, /, *, json: JsonFlag = False) -> None:
         print_text(diff_text(found, str(left), str(right)))
 
 
-def schema(*, of: Literal["run", "probe", "conduct"] = "run", json: JsonFlag = False) -> None:
+def schema(
+    *, of: Literal["run", "probe", "conduct", "cluster"] = "run", json: JsonFlag = False
+) -> None:
     """Every key a configuration can have: what it takes, its default and what it does.
 
     Args:
-        of: Whose file: that of a run, of a probe's task, or of the conductor.
+        of: Whose file: that of a run, of a probe's task, of the conductor, or of plan's --cluster.
         json: Print the JSON Schema, for editors.
     """
     section = _section(of)
@@ -71,4 +73,8 @@ def _section(of: str) -> type[Section]:
         from pipeline.conduct.settings import ConductConfig  # noqa: PLC0415 - as above
 
         return ConductConfig
+    if of == "cluster":
+        from pipeline.plan.cluster import Cluster  # noqa: PLC0415 - as above
+
+        return Cluster
     return RunConfig

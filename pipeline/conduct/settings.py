@@ -5,7 +5,7 @@ Everything has a default that needs no other machine: verify, health verdict and
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -114,6 +114,9 @@ class RayConfig(Resources):
 
 class ConductConfig(Section):
     """What the conductor does."""
+
+    keys_are_in: ClassVar[str] = "`jepa config schema --of conduct` lists every key"
+    has_shipped_files: ClassVar[bool] = False
 
     mirror: MirrorConfig | None = None
     """Copy every checkpoint to another place; null does not."""

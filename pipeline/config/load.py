@@ -55,7 +55,7 @@ def load_config(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> L
         StorageError: The file cannot be read.
         ConfigError: Anything in the file or the overrides is wrong; the message lists all of it.
     """
-    text = _read(path)
+    text = _read(path, schema)
     parsed = parse_tree(text, lambda line: Origin(file=str(path), line=line))
     mistakes = list(parsed.mistakes)
     root = parsed.root or branch({}, Origin(file=str(path), line=1))
@@ -72,7 +72,8 @@ def load_config(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> L
     mistakes += wrong_overrides + (invalid if is_readable else [])
     mistakes += credentials_in(root)
     if config is None or mistakes:
-        raise ConfigError(_message(path, mistakes))
+        remedy = f"Correct the configuration; {schema.keys_are_in}."
+        raise ConfigError(_message(path, mistakes), remedy=remedy)
     origins = {key: origin for key, origin in origins_of(root).items() if origin != Origin()}
     return Loaded(config=config, origins=origins)
 
@@ -105,13 +106,14 @@ def _message(path: Path, mistakes: Sequence[Mistake]) -> str:
     return "\n".join([f"{count} in the configuration {path}:", *lines])
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, schema: type[Section]) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"expected a configuration file, got no file at {path}{_near(path)}"
+            f"expected a configuration file, got no file at {path}"
+            f"{_near(path, has_shipped=schema.has_shipped_files)}"
         ) from None
     except IsADirectoryError:
         raise UsageError(
@@ -130,13 +132,13 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _near(path: Path) -> str:
+def _near(path: Path, *, has_shipped: bool) -> str:
     """Existing files with the most similar names: beside the wrong path, then shipped ones."""
     folder = path.parent
     if not folder.is_dir():
         return f"; the folder {folder} does not exist"
     beside = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-    shipped = {file.name: file for file in sorted(SHIPPED_CONFIGS.glob("*.yaml"))}
+    shipped = {file.name: file for file in sorted(SHIPPED_CONFIGS.glob("*.yaml")) if has_shipped}
     found = [
         str(names[name])
         for names in (beside, shipped)

@@ -1,5 +1,7 @@
 """The base of every configuration section: strict, frozen, documented field by field."""
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -17,3 +19,8 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    keys_are_in: ClassVar[str] = "`jepa config schema` lists every key"
+    """What a message about a wrong file says of where its keys are explained."""
+    has_shipped_files: ClassVar[bool] = True
+    """Whether a file of `pipeline/configs` may be meant by a path that is not there."""

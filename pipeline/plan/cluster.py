@@ -4,7 +4,7 @@ Every number can be replaced by one that was measured; `jepa check` prints the m
 in the same units.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ from pipeline.config.section import Section
 
 class Cluster(Section):
     """One kind of nodes, their network, storage and price."""
+
+    keys_are_in: ClassVar[str] = "`jepa config schema --of cluster` lists every key"
+    has_shipped_files: ClassVar[bool] = False
 
     name: str = "H100 SXM, 8 a node, 8 × 400 Gb/s InfiniBand"
     """What tables call it."""

@@ -5,7 +5,7 @@ the frozen tokens. Paths in it are relative to the folder the command runs in.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -165,6 +165,9 @@ class Augmentation(Section):
 
 class TaskConfig(Section):
     """A probe task: labelled videos, the clips cut from them, and the heads."""
+
+    keys_are_in: ClassVar[str] = "`jepa config schema --of probe` lists every key"
+    has_shipped_files: ClassVar[bool] = False
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Short name of the task; part of the names of its result files."""
