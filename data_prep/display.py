@@ -75,7 +75,7 @@ def summary_text(report: "PrepReport") -> str:
         f"{report.num_shards} shards of {report.shard_bytes / 2**20:.1f} MiB together",
         f"sources: {report.num_sources} of {report.source_bytes / 2**20:.1f} MiB, "
         f"{report.num_prepared} of them prepared by this run"
-        + (f"; {report.num_others} other files are none" if report.num_others else ""),
+        + (f"; {_others_text(report.num_others)}" if report.num_others else ""),
         f"digest: {report.digest}",
     ]
     if not (report.num_prepared or report.num_new_shards):
@@ -84,8 +84,10 @@ def summary_text(report: "PrepReport") -> str:
         kept = report.num_shards - report.num_new_shards
         lines.append(f"shards: {report.num_new_shards} written, {kept} were there and stayed")
     if report.rejected or report.num_others:
-        text = _rejected_text(report.rejected) or "nothing left out"
-        lines.append(f"{text}; {report.dataset}/rejected.jsonl has every one")
+        text = _rejected_text(report.rejected)
+        lines.append(
+            f"{text + '; ' if text else ''}{report.dataset}/rejected.jsonl names every one"
+        )
     return "\n".join(lines)
 
 
@@ -93,7 +95,7 @@ def estimate_text(estimate: "Estimate") -> str:
     """What a preparation would come to, in a few lines."""
     lines = [
         f"{estimate.num_sources} sources of {estimate.source_bytes / 2**20:.1f} MiB, "
-        f"{estimate.num_known} of them done already; {estimate.num_others} other files are none",
+        f"{estimate.num_known} of them done already; {_others_text(estimate.num_others)}",
         f"from {estimate.num_sampled} of them, which took {estimate.sample_seconds:.1f} s of work:",
         f"  hours of video in shards   {estimate.hours:.3f}",
         f"  size of the shards         {estimate.shard_bytes / 2**20:.1f} MiB",
@@ -105,6 +107,10 @@ def estimate_text(estimate: "Estimate") -> str:
         lines.append(f"  in the sample              {_rejected_text(estimate.rejected)}")
     lines.append("nothing was written")
     return "\n".join(lines)
+
+
+def _others_text(number: int) -> str:
+    return f"{number} other files are missing or no videos"
 
 
 def _time_text(seconds: float) -> str:

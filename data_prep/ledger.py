@@ -228,7 +228,15 @@ class Ledger:
                     "INSERT INTO setting VALUES ('settings', ?)", (settings.digest_text(),)
                 )
             return
-        if differences := settings.differences(json.loads(row[0])):
+        differences = settings.differences(json.loads(row[0]))
+        if differences and not self.count("SELECT EXISTS (SELECT 1 FROM source)"):
+            # An earlier start found no source: nothing is made with its settings.
+            with self.database:
+                self.database.execute(
+                    "UPDATE setting SET value = ? WHERE name = 'settings'",
+                    (settings.digest_text(),),
+                )
+        elif differences:
             raise UsageError(
                 f"{self.dataset_dir} was prepared with other settings: {'; '.join(differences)}",
                 remedy="Give --out a new folder, run with the old settings, or replace it by "

@@ -175,3 +175,16 @@ def test_flags_go_over_the_file_and_mistakes_are_named_in_its_words(tmp_path: Pa
     config.write_text("short_size: 288\n")
     with pytest.raises(ConfigError, match="short_size"):
         settings_from(None, config)
+
+
+def test_a_start_that_found_no_source_binds_nobody_to_its_settings(tmp_path):
+    other = PrepSettings(samples_per_shard=4)
+    with Ledger.open(tmp_path / "dataset", SETTINGS):
+        pass
+    with Ledger.open(tmp_path / "dataset", other) as ledger:
+        ledger.add_sources([source("a.mp4")], other)
+    with (
+        pytest.raises(UsageError, match="--samples-per-shard was 4, now 3"),
+        Ledger.open(tmp_path / "dataset", SETTINGS),
+    ):
+        pass
