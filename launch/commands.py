@@ -3,6 +3,7 @@
 import json as json_text
 import os
 import re
+import shlex
 import sys
 from dataclasses import asdict
 from typing import Annotated
@@ -90,7 +91,7 @@ def local(
     ranks = wanted.gpus_per_node or wanted.ranks_per_node or 1
     command = ["-m", "pipeline.cli", "train", *words, "--or-resume", "--ranks", str(ranks)]
     if print:
-        sys.stdout.write(" ".join(["python", *command]) + "\n")
+        sys.stdout.write(shlex.join(["python", *command]) + "\n")
         return ExitCode.DONE
     sys.stdout.flush()
     # In this process's place, so that signals and the exit code are the run's own.

@@ -24,7 +24,8 @@ class Request:
     """What the job runs: train CONFIG, or with --kind the words of `jepa prep`, `probe`,
     `conduct`."""
     site: Path | None = None
-    """Site file; by default site.yaml or slurm/site.yaml below the current folder."""
+    """Site file; by default site.yaml, slurm/site.yaml or k8s/site.yaml below the current
+    folder."""
     set: tuple[str, ...] = ()
     """key=value laid over the site file, such as slurm.partition=debug; may be repeated."""
     nodes: int | None = None

@@ -123,7 +123,8 @@ def _sbatch(words: Sequence[str], text: str | None = None) -> str:
     if answer.returncode:
         raise UsageError(
             f"Slurm refused the job: {answer.stderr.strip() or answer.stdout.strip()}",
-            remedy="Correct the site file, or a flag; `sinfo` shows partitions and nodes.",
+            remedy="Correct the site file, or a flag; `sinfo` shows partitions and nodes. If it "
+            "does not answer either, this machine is not set up for Slurm: use a login node.",
         )
     # --test-only speaks on the error stream.
     return answer.stdout or answer.stderr
