@@ -194,11 +194,10 @@ exclude_bad_nodes() {
   before=$(scontrol show job "$target" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
   all=$bad; if [ -n "$before" ] && [ "$before" != "(null)" ]; then all=$before,$bad; fi
   say "bad: $bad; queued again without them"
-  # Held, or it could start on them again before they are excluded.
-  scontrol requeuehold "$target" || exit 76
+  # Only a job that waits may be changed. It does not start again before this script is over; not
+  # held, because Slurm may hold it once more after the release, and then nobody lets it go.
+  scontrol requeue "$target" || exit 76
   until scontrol update JobId="$target" ExcNodeList="$all"; do sleep 1 & wait $!; done
-  scontrol release "$target"
-  sleep 60 & wait $!
   exit 76
 }
 

@@ -127,7 +127,9 @@ def delete(data, run, _other):
 
 def duplicate(data, run, _other):
     path = any_file(data, run)
-    shutil.copy(path, path.with_name(data.draw(st.sampled_from(["copy", "weights-rank00002"]))))
+    copy = path.with_name(data.draw(st.sampled_from(["copy", "weights-rank00002"])))
+    if copy != path:
+        shutil.copy(path, copy)
 
 
 def exchange_folders(data, run, other):

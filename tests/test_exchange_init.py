@@ -193,5 +193,5 @@ def test_a_probe_of_an_exchange_folder_is_the_probe_of_its_checkpoint(given, tmp
     encoders = [load_encoder(path).state_dict() for path in (folder / "run", tmp_path / "hf")]
     assert all(torch.equal(encoders[1][name], tensor) for name, tensor in encoders[0].items())
     assert theirs["step"] is None
-    assert (tmp_path / "hf/probes/squares-imported-teacher-knn-seed0.json").is_file()
+    assert (tmp_path / "hf/probes/squares-imported-teacher.json").is_file()
     assert main(["probe", str(tmp_path / "hf"), *words[:2], "--step", "3"]) == ExitCode.USAGE

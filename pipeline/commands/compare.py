@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from pipeline.commands import JsonFlag, print_json
+from pipeline.commands import JsonFlag, print_json, print_text
 from pipeline.errors import StorageError, UsageError
 from pipeline.files import write_atomically
 from pipeline.report.compare import MOST_RUNS, SideBySide, render_comparison, side_by_side
@@ -44,7 +44,8 @@ def compare(
     console = Console(highlight=False)
     for part in _tables(found):
         console.print(part)
-    console.print(f"{html}" if html else "--html FILE draws the curves.", markup=False)
+    # Unwrapped: people and scripts copy the path.
+    print_text(str(html) if html else "--html FILE draws the curves.")
 
 
 def _tables(found: SideBySide) -> list[RichTable]:
