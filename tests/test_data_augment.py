@@ -149,3 +149,20 @@ def test_torchvision_is_imported_by_the_first_crop_and_not_before():
         "a.transforms(); import torchvision.transforms.v2; assert 'torchvision' in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_threads_that_all_need_the_transforms_first_get_the_same_module():
+    program = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pipeline.data.augment import transforms
+start = threading.Barrier(8)
+def first(_):
+    start.wait()
+    return transforms()
+with ThreadPoolExecutor(8) as threads:
+    found = list(threads.map(first, range(8)))
+assert len(set(map(id, found))) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

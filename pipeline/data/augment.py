@@ -8,6 +8,7 @@ world size, worker count and after any restart.
 
 import math
 import sys
+import threading
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
@@ -23,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Lives as long as the process: torch drops the schemas with the object that declared them.
 _missing_schemas: torch.library.Library | None = None
+_IMPORTING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +184,6 @@ def _largest_size(spec: CropSpec, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-@cache
 def transforms() -> ModuleType:
     """`torchvision.transforms.v2.functional`, also where torchvision's compiled part is missing.
 
@@ -192,14 +193,21 @@ def transforms() -> ModuleType:
     without, since a second declaration beside a library that did load would clash.
 
     Imported at the first use: it costs a second, and a process with loader workers needs none.
+    One thread imports and the others wait: half an import would be taken apart by the retry.
     """
+    with _IMPORTING:
+        return _transforms()
+
+
+@cache
+def _transforms() -> ModuleType:
     global _missing_schemas  # noqa: PLW0603 - one per process, like the registry it writes to
     try:
         from torchvision.transforms.v2 import functional  # noqa: PLC0415
     except RuntimeError as error:
         if torch.version.cuda is not None or "torchvision::nms" not in str(error):
             raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        for name in [name for name in list(sys.modules) if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         _missing_schemas = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
