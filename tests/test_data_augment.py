@@ -153,7 +153,8 @@ def test_torchvision_is_imported_by_the_first_crop_and_not_before():
 
 def test_threads_that_all_need_the_transforms_first_get_the_same_module():
     program = """
-import threading
+import sys, threading
+sys.setswitchinterval(1e-6)
 from concurrent.futures import ThreadPoolExecutor
 from pipeline.data.augment import transforms
 start = threading.Barrier(8)
