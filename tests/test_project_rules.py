@@ -20,7 +20,7 @@ PRODUCT = ("pipeline", "launch", "data_prep")
 # Who may import what (a file, or a folder with a slash at its end). Libraries of other files come
 # through them, so that replacing one, or running without it, touches one place.
 IMPORTERS = {
-    "deepspeed": ("pipeline/engine/zero.py",),
+    "deepspeed": ("pipeline/engine/deepspeed_import.py",),
     "mlflow": (
         *("pipeline/track/mlflow_upload.py", "pipeline/track/mlflow_nested.py"),
         "pipeline/track/mlflow_points.py",

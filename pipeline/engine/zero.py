@@ -14,17 +14,20 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from pipeline.checkpoint.pieces import Piece, TensorSource
 from pipeline.clip import ClipBatch, Losses, Progress
+from pipeline.engine.deepspeed_import import (
+    deepspeed,
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+)
+from pipeline.engine.deepspeed_import import groups as deepspeed_groups
+from pipeline.engine.deepspeed_import import logger as deepspeed_logger
 from pipeline.engine.zero_held import own_gradients, shape_of
 from pipeline.engine.zero_state import ZeroState, refresh_gathered
 from pipeline.models.teacher import AveragedShard, TeacherAverage

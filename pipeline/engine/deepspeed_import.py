@@ -1,0 +1,37 @@
+"""`import deepspeed`, without the libraries that only its autotuner wants.
+
+DeepSpeed imports its autotuner, which is not used here, with everything else, and the autotuner
+imports all of mlflow where it is installed: as long as torch itself, on every rank at every start.
+It goes without where the import fails, so for that moment mlflow is not to be found.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def _not_found(name: str) -> Iterator[None]:
+    """Lets `import name` fail, unless it has been imported before."""
+    if name in sys.modules:
+        yield
+        return
+    # None is the import system's own word for "cannot be imported" (docs of sys.modules).
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with _not_found("mlflow"):
+    import deepspeed
+    from deepspeed.utils import groups, logger, safe_get_full_fp32_param, safe_get_local_fp32_param
+
+__all__ = [
+    "deepspeed",
+    "groups",
+    "logger",
+    "safe_get_full_fp32_param",
+    "safe_get_local_fp32_param",
+]
