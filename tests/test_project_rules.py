@@ -50,6 +50,14 @@ ENVIRONMENT_USERS = (
 # Keys whose whole effect is that a validator lets something pass.
 PERMISSIONS = {"track.mlflow.allow_plain_http"}
 BLIND = {"Exception", "BaseException"}
+COLLECTIVES = {
+    f"dist.{name}"
+    for name in (
+        *("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "gather"),
+        *("reduce_scatter", "reduce_scatter_tensor", "all_to_all", "isend", "irecv", "P2POp"),
+    )
+}
+FACTORIES = {f"torch.{name}" for name in ("tensor", "zeros", "ones", "empty", "full", "arange")}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -178,6 +186,35 @@ def reads_variable(node: ast.AST) -> bool:
     if isinstance(node, ast.Subscript):
         return isinstance(node.ctx, ast.Load) and dotted(node.value) == "os.environ"
     return dotted(node) in ("os.environ.get", "os.getenv")
+
+
+def factories_beside_collectives(tree: ast.AST) -> Iterator[str]:
+    """Tensors made without a device in functions that hand tensors to all ranks."""
+    for function in (node for node in ast.walk(tree) if isinstance(node, Function)):
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        if not any(dotted(call.func) in COLLECTIVES for call in calls):
+            continue
+        for call in calls:
+            keys = {keyword.arg for keyword in call.keywords}
+            if dotted(call.func) in FACTORIES and "device" not in keys:
+                yield f"{function.name}:{call.lineno}"
+
+
+def test_what_ranks_send_each_other_is_made_on_a_device():
+    # gloo takes a tensor of the host, NCCL does not: on a CPU nothing would tell.
+    found = [
+        f"{path}:{where}"
+        for path, tree in sources(*PRODUCT)
+        for where in factories_beside_collectives(tree)
+    ]
+    assert found == []
+
+
+def test_a_tensor_of_the_host_beside_a_collective_is_seen():
+    code = "def f(n):\n    held = torch.tensor([n])\n    dist.all_reduce(held)"
+    assert list(factories_beside_collectives(ast.parse(code))) == ["f:2"]
+    there = code.replace("[n]", "[n], device=d")
+    assert list(factories_beside_collectives(ast.parse(there))) == []
 
 
 def test_no_code_outside_the_objectives_asks_which_objective_it_has():

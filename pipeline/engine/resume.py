@@ -122,7 +122,9 @@ def _check_fingerprints(engine: ZeroEngine, found: Found) -> None:
     stale = engine.stale_copies()
     # Integers wrap round in the sum over ranks, which is what fingerprints add up to.
     numbers = [as_signed(own.get(name, 0)) for name in names]
-    held = torch.tensor([*numbers, len(stale), len(own.keys() - set(names))])
+    # Where the ranks' group speaks: NCCL takes nothing that lies in host memory.
+    counted = [*numbers, len(stale), len(own.keys() - set(names))]
+    held = torch.tensor(counted, device=engine.device)
     dist.all_reduce(held)
     *sums, num_stale, num_unknown = held.tolist()
     wrong = [

@@ -66,10 +66,14 @@ class ZeroEngine:
     Args:
         config: The run's configuration.
         device: This rank's device; the process group must stand.
+
+    Attributes:
+        device: The same.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         _quieten()
+        self.device = device
         settings = deepspeed_settings(config, device)
         options = BuildOptions(
             attention=config.attention,
