@@ -1,5 +1,6 @@
 """Micro-batches come in order whatever is fetched ahead, and a step waits for its GPU once."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,15 @@ from pipeline.errors import DataError
 from tests.plain import tiny_config
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone():
+    """DeepSpeed is told the rank through the environment, which no other test may find changed."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Source:
@@ -53,6 +63,25 @@ def _hands_out_in_order(device: torch.device, *, asked_ahead: int) -> None:
 
 def test_on_a_cpu_nothing_is_fetched_ahead():
     _hands_out_in_order(CPU, asked_ahead=0)
+
+
+def test_the_next_batch_is_fetched_when_the_forward_pass_is_queued(alone):
+    config = tiny_config(0)
+    with measuring() as device:
+        batch = noise_batches(config, 0, device, 1)[0]
+        step = OwnStep(config, device)
+        weights = list(step.engine.objective.modules().parameters())
+        had_gradients = []
+        step.engine.forward_backward(
+            batch,
+            Progress(step=1, total_steps=config.num_steps, stage=0),
+            accumulation=1,
+            last=True,
+            meanwhile=lambda: had_gradients.append(any(p.grad is not None for p in weights)),
+        )
+        # Once, and before the backward pass, which waits for the device.
+        assert had_gradients == [False]
+        assert any(p.grad is not None for p in weights)
 
 
 @pytest.mark.gpu

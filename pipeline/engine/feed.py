@@ -10,10 +10,10 @@ from pipeline.errors import JepaError
 class DeviceFeed:
     """Hands out a loader's micro-batches on a device.
 
-    On a GPU the copy of the next one runs on a stream of its own: `ahead`, called as soon as the
-    work on a micro-batch has been queued, takes the next one from the loader and starts its copy
-    from page-locked memory, and `take` makes the computing stream wait for it, not the host. On a
-    CPU there is nothing to copy, and `ahead` does nothing.
+    On a GPU the copy of the next one runs on a stream of its own: `ahead`, called as soon as a
+    micro-batch's forward pass has been queued, takes the next one from the loader and starts its
+    copy from page-locked memory, and `take` makes the computing stream wait for it, not the host.
+    On a CPU there is nothing to copy, and `ahead` does nothing.
 
     Args:
         loader: Where micro-batches come from.

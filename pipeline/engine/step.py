@@ -118,10 +118,12 @@ def _gradient(
         recomputed += batch_recomputed_flops(parts.config, batch, parts.tuner.recomputed)
         watchdog.enter("compute")
         losses = parts.engine.forward_backward(
-            batch, progress, accumulation=num, last=number == num - 1
+            batch,
+            progress,
+            accumulation=num,
+            last=number == num - 1,
+            meanwhile=parts.feed.ahead,
         )
-        # While the device computes; a CPU has nothing to copy and goes on at once.
-        parts.feed.ahead()
         _add(sums, losses, num)
         if losses.features_ND is not None:
             features.append(losses.features_ND.unflatten(0, (len(batch.keys), -1)))

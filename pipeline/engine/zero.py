@@ -9,6 +9,7 @@ word. Its checkpoints are not used at all (`zero_state`).
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,6 +30,7 @@ from pipeline.engine.deepspeed_import import (
 from pipeline.engine.deepspeed_import import groups as deepspeed_groups
 from pipeline.engine.deepspeed_import import logger as deepspeed_logger
 from pipeline.engine.zero_held import own_gradients, shape_of
+from pipeline.engine.zero_settings import deepspeed_settings
 from pipeline.engine.zero_state import ZeroState, refresh_gathered
 from pipeline.models.teacher import AveragedShard, TeacherAverage
 from pipeline.objectives import build_objective
@@ -100,14 +102,31 @@ class ZeroEngine:
         ]
 
     def forward_backward(
-        self, batch: ClipBatch, progress: Progress, *, accumulation: int, last: bool
+        self,
+        batch: ClipBatch,
+        progress: Progress,
+        *,
+        accumulation: int,
+        last: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Losses:
-        """Adds one micro-batch's gradient; `last` names the one before the optimiser's step."""
+        """Adds one micro-batch's gradient.
+
+        Args:
+            batch: The micro-batch, on the device.
+            progress: Where the run stands.
+            accumulation: Micro-batches of the step.
+            last: This is the one before the optimiser's step.
+            meanwhile: Called once the forward pass has been queued. Later there is nothing left to
+                go on beside: DeepSpeed ends every backward pass by waiting for the device.
+        """
         self._engine.set_gradient_accumulation_boundary(last)
         scaled = self._engine(batch, progress, 1.0 / accumulation)
         losses = self._root.last
         if losses is None:
             raise RuntimeError("the engine did not run the objective's loss")
+        if meanwhile is not None:
+            meanwhile()
         self._engine.backward(scaled)
         return losses
 
@@ -124,7 +143,8 @@ class ZeroEngine:
                 p.grad for p in self.objective.modules().parameters() if p.grad is not None
             ]
             share = 1.0 / dist.get_world_size()  # every rank holds the whole of it
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        # Of no gradient at all torch makes a norm in host memory.
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True).to(self.device)
         return norm.double().square() * share
 
     def update(
@@ -247,36 +267,6 @@ class ZeroEngine:
         if piece is None:
             raise RuntimeError("the optimiser holds no fp32 copy of a trained parameter")
         return piece.detach().view(-1)
-
-
-def deepspeed_settings(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a run."""
-    on_gpu = device.type == "cuda"
-    settings: dict[str, Any] = {
-        # Stages change micro-batch and accumulation inside one run, so the loop counts both and
-        # scales the loss; DeepSpeed sees steps of one micro-batch.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {
-            "stage": config.zero.stage,
-            # Gradients are reduced on a stream of their own while the backward pass goes on; a CPU
-            # has no streams.
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": config.zero.reduce_bucket_size,
-            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
-            "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
-        },
-        "bf16": {"enabled": config.precision == "bf16"},
-        # Without ZeRO, DeepSpeed sums gradients in the numbers that it computes in.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.zero.stage else {}),
-        "gradient_clipping": config.optimizer.clip_gradient_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "checkpoint": {"tag_validation": "Fail"},
-    }
-    return settings
 
 
 def _quieten() -> None:

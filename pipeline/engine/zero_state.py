@@ -217,12 +217,17 @@ class ZeroState:
 def refresh_gathered(parameters: Iterable[nn.Parameter]) -> None:
     """Gathers stage 3's small parameters again, in one collective for all of them.
 
-    They stay gathered on every rank; writing the shard does not change that copy.
+    They stay gathered on every rank; writing the shard does not change that copy. Large ones are
+    gathered anew by the next pass, on a stream that does not wait for the one that wrote them: the
+    collective ends by waiting for the device, and where none is needed this does.
     """
-    kept: list[Any] = [p for p in parameters if getattr(p, "ds_persist", False)]
+    cut: list[Any] = [p for p in parameters if hasattr(p, "ds_persist")]
+    kept = [p for p in cut if p.ds_persist]
     if kept:
         kept[0].partition(kept)
         kept[0].all_gather(kept)
+    elif cut and cut[0].ds_tensor.is_cuda:
+        torch.cuda.current_stream().synchronize()
 
 
 def _read(source: TensorSource, held: Held, prefix: str = "") -> Tensor:
