@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Two files of tests at a time: most tests wait for processes that they start. A file stays whole,
 # since its tests share the runs they look at.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup check
 	$(PYTEST) -m 'not slow and not gpu'

@@ -5,6 +5,27 @@ import signal
 import pytest
 import torch
 
+# Files that take minutes of waiting for processes, the longest first. Files run side by side, each
+# whole: one of these that began last would run on alone at the end.
+LONGEST = (
+    "test_launch_k8s_pods",
+    "test_launch_slurm_run",
+    "test_faults_kills",
+    "test_engine_saving",
+    "test_conduct_live",
+    "test_engine_run",
+    "test_models_zero3",
+    "test_prep_kills",
+    "test_launch_slurm_traps",
+    "test_track_prometheus",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, and leaves the order inside of each."""
+    order = {stem: number for number, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_a_process() -> None:
