@@ -155,5 +155,5 @@ def test_a_healthy_gpu_is_found_healthy(folder):
     config = tiny_config(runs_folder=str(folder))
     here = Situation(config=config, launch=read_launch({}), node="here", ranks_here=1)
     found = check_gpus(here)
-    assert (found.state, found.values["visible"]) == ("ok", torch.cuda.device_count())
+    assert (found.state, len(found.values["visible"])) == ("ok", torch.cuda.device_count())
     assert all(rate > 1.0 for rate in check_matmul(here).values.values())

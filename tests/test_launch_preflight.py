@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from launch.preflight.checks.links import compare_network
 from launch.preflight.checks.matmul import check_matmul, compare_matmul
 from launch.preflight.checks.memory import check_shared_memory
 from launch.preflight.checks.mlflow import check_mlflow
+from launch.preflight.checks.network import without_device
 from launch.preflight.checks.pairs import rounds, spread_out
 from launch.preflight.checks.ports import check_ports
 from launch.preflight.checks.shards import check_shards
@@ -233,7 +235,8 @@ def test_grave_gpu_errors_of_the_last_day_are_found_in_the_kernels_log():
 
 def test_a_node_with_fewer_gpus_is_to_blame(tmp_path):
     def seen(node, rank, count):
-        return answer(node, rank, Finding(name="gpus", state="ok", values={"visible": count}))
+        names = [f"{node}/{number}" for number in range(count)]
+        return answer(node, rank, Finding(name="gpus", state="ok", values={"visible": names}))
 
     answers = [seen("a", 0, 8), seen("b", 1, 8), seen("c", 2, 7)]
     found = compare_gpus(situation(tmp_path), answers)
@@ -242,6 +245,17 @@ def test_a_node_with_fewer_gpus_is_to_blame(tmp_path):
     assert compare_gpus(wanted, answers).nodes == ("a", "b", "c")
     nowhere = [seen("a", 0, 0), seen("b", 1, 0)]
     assert compare_gpus(replace(wanted, wanted_gpus=2), nowhere).state == "skip"
+
+
+def test_gpus_that_processes_see_one_by_one_are_added_up(tmp_path):
+    answers = [
+        answer("a", rank, Finding(name="gpus", state="ok", values={"visible": [f"GPU-{rank}"]}))
+        for rank in range(4)
+    ]
+    four = replace(situation(tmp_path), wanted_gpus=4)
+    assert compare_gpus(four, answers).state == "ok"
+    # The same one twice is one.
+    assert compare_gpus(four, [*answers[:3], answers[2]]).nodes == ("a",)
 
 
 def test_a_device_slower_than_the_others_median_is_to_blame(tmp_path):
@@ -325,7 +339,7 @@ def test_a_slow_pair_is_named_and_a_slow_machine_is_to_blame(tmp_path):
 
 def test_of_many_silent_exchanges_the_first_is_told(tmp_path):
     def silent(node, rank, partner, number):
-        values = {"partner": partner, "round": number}
+        values = {"self": node, "partner": partner, "round": number}
         return answer(node, rank, replace(network([]), state="fail", values=values))
 
     # c and d do not reach each other in round 1; a and b wait for them in round 2.
@@ -335,6 +349,32 @@ def test_of_many_silent_exchanges_the_first_is_told(tmp_path):
     assert found.state == "fail"
     assert found.got == "no answer between c and d"
     assert found.nodes == ("c", "d")
+
+
+def test_of_ranks_on_one_machine_it_is_the_machine_that_is_told_to_the_scheduler(tmp_path):
+    here, ranks = situation(tmp_path), [f"rank {number}" for number in range(4)]
+    rates = [[a, b, 2.0 if "rank 2" in (a, b) else 12.0] for a, b in combinations(ranks, 2)]
+    answers = [answer("a", 0, network(rates))] + [
+        answer("a", rank, network([])) for rank in range(1, 4)
+    ]
+    slow = compare_network(here, answers)
+    assert (slow.state, slow.nodes) == ("fail", ("a",))
+    assert "rank 0 and rank 2 2.00" in slow.got
+    values = {"self": "rank 1", "partner": "rank 3", "round": 0}
+    stuck = compare_network(
+        here, [answer("a", 1, replace(network([]), state="fail", values=values)), *answers[2:]]
+    )
+    assert (stuck.got, stuck.nodes) == ("no answer between rank 1 and rank 3", ("a",))
+
+
+def test_ranks_without_a_gpu_beside_ranks_with_one_are_named():
+    kinds = {0: "cuda", 1: "cuda", 2: "cuda", 3: "cpu"}
+    found = without_device(kinds, {0: "a", 1: "a", 2: "b", 3: "b"})
+    assert (found.state, found.nodes) == ("fail", ("b",))
+    assert "3 on b" in found.got
+    # With the same lack everywhere no machine is worse than another.
+    both = without_device({**kinds, 1: "cpu"}, {0: "a", 1: "a", 2: "b", 3: "b"})
+    assert both.nodes == ()
 
 
 def test_what_only_some_nodes_suffer_from_is_their_fault():

@@ -19,7 +19,7 @@ from launch.preflight.checks.links import compare_network
 from launch.preflight.checks.matmul import check_matmul, compare_matmul
 from launch.preflight.checks.memory import check_shared_memory
 from launch.preflight.checks.mlflow import check_mlflow
-from launch.preflight.checks.network import measure_network
+from launch.preflight.checks.network import measure_network, without_device
 from launch.preflight.checks.nodes import nodes_finding
 from launch.preflight.checks.openfiles import check_open_files
 from launch.preflight.checks.ports import check_ports
@@ -182,17 +182,25 @@ def _network(
     situation: Situation, gathering: Gathering, runner: Runner, limit_seconds: float
 ) -> Finding:
     progress: dict[str, Any] = {"at": "the connection of all ranks"}
+    deadline = time.monotonic() + limit_seconds
 
     def measure() -> Finding:
         device = _device(situation)
         launch = situation.launch
+        kinds = gathering.devices(device.type, deadline)
+        if len(set(kinds.values())) > 1:
+            return without_device(kinds, gathering.nodes())
+        on_gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("network", gathering.store.clone()),  # pyright: ignore[reportPrivateImportUsage]
             rank=launch.rank,
             world_size=launch.world_size,
             # Ours ends first: NCCL's own watchdog would end the whole process without a word.
             timeout=timedelta(seconds=limit_seconds + 60.0),
+            # Connects all at once. In the first exchange it would be that pair which hangs where
+            # any rank cannot be reached.
+            device_id=device if on_gpu else None,
         )
         return measure_network(situation, gathering.nodes(), device, progress)
 

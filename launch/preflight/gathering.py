@@ -77,6 +77,16 @@ class Gathering:
         then = float(self.store.get("clock"))
         return time.time() - then
 
+    def devices(self, own: str, deadline: float) -> dict[int, str]:
+        """The kind of device that every rank will use; all must have come.
+
+        Raises:
+            PeerLostError: One of them says nothing.
+        """
+        self.store.set(f"device/{self._launch.rank}", own)
+        ranks = range(self._launch.world_size)
+        return {rank: self._get(f"device/{rank}", deadline).decode() for rank in ranks}
+
     def tell(self, answer: Answer) -> None:
         """Hands this process's findings to rank 0."""
         content = {
@@ -121,7 +131,8 @@ class Gathering:
             return self.store.get(key)
         except _LOST as error:
             raise PeerLostError(
-                f"rank 0 at {self._launch.master_address} said nothing of `{key}` in time"
+                f"nothing came of `{key}` in time through the store of rank 0 at "
+                f"{self._launch.master_address}"
             ) from error
 
     def _tick(self) -> None:

@@ -22,12 +22,18 @@ def compare_network(situation: Situation, answers: Sequence[Answer]) -> Finding:
         return Finding(name=NAME, state="skip", got="one process")
     silent = [(node, finding) for node, finding in found if finding.state == "fail"]
     if silent:
-        return _unanswered(silent)
+        return _on_machines(_unanswered(silent), answers)
     pairs = [(a, b, float(rate)) for _, finding in found for a, b, rate in finding.values["pairs"]]
-    return judge_pairs(situation, pairs, found[0][1])
+    return _on_machines(_judged(situation, pairs, found[0][1]), answers)
 
 
-def judge_pairs(
+def _on_machines(finding: Finding, answers: Sequence[Answer]) -> Finding:
+    """The machines of the ranks that are to blame: a scheduler knows nothing of ranks."""
+    machines = {f"rank {one.rank}": one.node for one in answers}
+    return replace(finding, nodes=tuple(dict.fromkeys(machines.get(n, n) for n in finding.nodes)))
+
+
+def _judged(
     situation: Situation, pairs: Sequence[tuple[str, str, float]], collective: Finding
 ) -> Finding:
     """Slow pairs, and machines that are slow with everybody."""
@@ -101,14 +107,16 @@ def _promised(situation: Situation, finding: Finding, reduced: float) -> Finding
 
 def _unanswered(silent: Sequence[tuple[str, Finding]]) -> Finding:
     """The first exchange that did not end; later ones only waited for it."""
-    stuck = [(node, one) for node, one in silent if one.values.get("partner")]
+    stuck = [one for _, one in silent if one.values.get("partner")]
     if not stuck:
+        if len({(one.got, one.nodes) for _, one in silent}) == 1:
+            return silent[0][1]
         words = "; ".join(f"{node}: {one.got}" for node, one in silent[:8])
         return replace(silent[0][1], got=words, nodes=())
-    first = min(int(one.values["round"]) for _, one in stuck)
+    first = min(int(one.values["round"]) for one in stuck)
     pairs = {
-        tuple(sorted((node, str(one.values["partner"]))))
-        for node, one in stuck
+        tuple(sorted((str(one.values["self"]), str(one.values["partner"]))))
+        for one in stuck
         if int(one.values["round"]) == first
     }
     named = Counter(node for pair in pairs for node in pair)

@@ -58,7 +58,10 @@ def compare_matmul(_situation: Situation, answers: Sequence[Answer]) -> Finding:
     )
     if not slow:
         return finding
-    words = [f"{device} of {node} {rate:,.2f}" for (node, _, device), rate in slow.items()]
+    words = [
+        f"{device} of {node} (rank {rank}) {rate:,.2f}"
+        for (node, rank, device), rate in slow.items()
+    ]
     got = f"{', '.join(words[:8])} TFLOP/s beside a median of {middle:,.2f}"
     # On a CPU a neighbour's load looks the same and is gone a moment later.
     worse = finding.worse(

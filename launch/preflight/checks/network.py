@@ -10,10 +10,13 @@ import torch.distributed as dist
 from launch.preflight.checks.pairs import rounds, spread_out
 from launch.preflight.finding import Finding, Situation
 from pipeline.errors import ExitCode
+from pipeline.meeting import name_ranks
 
 NAME = "network"
 _PAIR_BYTES = {"cuda": 128 << 20, "cpu": 4 << 20}
-_COLLECTIVE_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
+# A collective of hundreds of ranks with a few megabytes for each tells latency, not bandwidth.
+_LEAST_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
+_BYTES_PER_RANK, _MOST_BYTES = 8 << 20, 1 << 30
 _REPEATS = 3
 _MOST_ROUNDS = 24
 
@@ -23,16 +26,21 @@ def measure_network(
 ) -> Finding:
     """Exchanges with every other machine, an all-reduce and an all-gather; every rank calls it.
 
+    NCCL lets some ranks exchange alone only in a group whose ranks are all connected, as it is if
+    it was made for a device.
+
     Args:
         situation: Of this rank.
         nodes: The machine of every rank.
         device: Decides between NCCL and gloo; the process group stands.
-        progress: Is kept up to date with what this rank waits for, for whoever gives up on it.
+        progress: Is kept up to date with what this rank waits for, for whoever gives up on it:
+            `self` and `partner` are names of an exchange, machines or, on one machine, ranks.
     """
     leaders = first_ranks(nodes)
     names = {
         rank: nodes[rank] if len(set(nodes.values())) > 1 else f"rank {rank}" for rank in nodes
     }
+    progress["self"] = names[situation.launch.rank]
     pairs = _pairs(situation.launch.rank, leaders, names, device, progress)
     progress.update(partner="", round=-1)
     world = len(nodes)
@@ -45,6 +53,22 @@ def measure_network(
         state="ok",
         exit_code=ExitCode.PEER_LOST,
         values={"pairs": pairs, "all_reduce": reduced, "all_gather": gathered},
+    )
+
+
+def without_device(kinds: Mapping[int, str], nodes: Mapping[int, str]) -> Finding:
+    """Some ranks have a GPU and some have none: they cannot even connect."""
+    lacking = [rank for rank, kind in kinds.items() if kind != "cuda"]
+    blamed = tuple(dict.fromkeys(nodes[rank] for rank in lacking))
+    return Finding(
+        name=NAME,
+        state="fail",
+        expected="a GPU for every rank or for none",
+        got=f"no GPU for {name_ranks(lacking, nodes)}",
+        remedy="Start one rank per visible GPU; leave out a machine that shows fewer than others.",
+        # With the same lack on every machine it is the number of ranks that is wrong.
+        nodes=blamed if len(blamed) < len(set(nodes.values())) else (),
+        exit_code=ExitCode.PEER_LOST,
     )
 
 
@@ -105,7 +129,7 @@ def _exchange_rate(other: int, device: torch.device) -> float:
 
 def _all_reduce_rate(world: int, device: torch.device) -> float:
     """Bus bandwidth in GB/s: 2 (n − 1) / n of the bytes, as nccl-tests count it."""
-    num_bytes = _COLLECTIVE_BYTES[device.type]
+    num_bytes = _collective_bytes(world, device)
     values = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
     seconds = _best_seconds(lambda: dist.all_reduce(values), device)
     return 2 * (world - 1) / world * num_bytes / seconds / 1e9
@@ -113,7 +137,7 @@ def _all_reduce_rate(world: int, device: torch.device) -> float:
 
 def _all_gather_rate(world: int, device: torch.device) -> float:
     """Bus bandwidth in GB/s: (n − 1) / n of what every rank has at the end."""
-    part = _COLLECTIVE_BYTES[device.type] // world // 4
+    part = _collective_bytes(world, device) // world // 4
     own = torch.zeros(part, dtype=torch.float32, device=device)
     whole = torch.empty(part * world, dtype=torch.float32, device=device)
     parts = list(whole.chunk(world))
@@ -125,6 +149,12 @@ def _all_gather_rate(world: int, device: torch.device) -> float:
             dist.all_gather(parts, own)
 
     return (world - 1) * part * 4 / _best_seconds(gather, device) / 1e9
+
+
+def _collective_bytes(world: int, device: torch.device) -> int:
+    least = _LEAST_BYTES[device.type]
+    on_gpu = device.type == "cuda"
+    return max(least, min(_MOST_BYTES, world * _BYTES_PER_RANK)) if on_gpu else least
 
 
 def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
