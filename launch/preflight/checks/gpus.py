@@ -14,8 +14,8 @@ NAME = "gpus"
 # Another process's leftovers: a context takes about half a GiB, a training rank takes all.
 _FREE_SHARE = 0.9
 _NO_GPU = (
-    "Look at the driver (`nvidia-smi`): training would go on, on CPUs. Where that is meant, the CPU "
-    "build of torch ends this warning."
+    "Look at the driver (`nvidia-smi`): training would go on, on CPUs. Where that is meant, "
+    "torch's CPU build ends this warning."
 )
 
 
