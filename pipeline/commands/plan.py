@@ -14,6 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.errors import StorageError, UsageError
 from pipeline.plan.cluster import Cluster
 from pipeline.plan.estimate import plan_run
+from pipeline.plan.evidence import ALL
 from pipeline.plan.scale_table import render_scaling
 from pipeline.plan.scaling import Scaling, numbers_between, scale
 from pipeline.plan.table import render
@@ -81,7 +82,10 @@ def plan(
         parts += render(planned)
     if len(numbers) == 2 or chosen.cluster is not None:
         scaling = _scaling(run, numbers, chosen)
-        result["scaling"] = asdict(scaling) | {"cluster": scaling.cluster.model_dump()}
+        result["scaling"] = asdict(scaling) | {
+            "cluster": scaling.cluster.model_dump(),
+            "evidence": [asdict(one) | {"error": one.error} for one in ALL],
+        }
         parts += render_scaling(scaling)
     _show(result, parts, as_json=json)
 

@@ -6,6 +6,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.plan.evidence import assumptions
 from pipeline.plan.scaling import Layout, Scaling, StageLayout
 from pipeline.plan.table import duration, hours_text, new_table, si
 
@@ -93,6 +94,9 @@ def _sentences(scaling: Scaling) -> Iterator[str]:
         )
     for one in scaling.impossible:
         yield f"[yellow]Note:[/yellow] {one.num_gpus:,} GPUs: {escape(one.reason)}."
+    if layouts:
+        for words in assumptions(cluster.best_efficiency, cluster.overlap):
+            yield f"\n[dim]{escape(words)}[/dim]"
 
 
 def _gpus(layout: Layout) -> str:

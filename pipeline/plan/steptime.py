@@ -25,6 +25,9 @@ _GIB = 2**30
 _CLIPS, _LEAST_MICRO_BATCHES, _MOST_MICRO_BATCHES = 192, 8, 48
 # DeepSpeed looks this far ahead when it gathers; the first gather of a pass stands alone.
 _FIRST_GATHER = 1
+_FLOAT = 4
+# Weight and bias of two norms and four linear layers.
+_TENSORS_OF_BLOCK = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +112,9 @@ def step_time(
     Passes of a micro-batch follow one another: teacher, student and predictor forward, backward.
     Under ZeRO-3 each gathers its weights layer by layer, and the backward pass also scatters its
     gradients; under ZeRO-2 it scatters gradients alone. Of the communication of a pass a share
-    `overlap` of its computation hides as much; the first gather of a pass is never hidden.
+    `overlap` of its computation hides as much; the first gather of a pass is never hidden. Under
+    ZeRO-1 and 2 nothing hides what ends an update: gathering the new weights, and the student's in
+    fp32 for the teacher's average.
 
     Raises:
         ConfigError: The global batch does not divide among so many GPUs.
@@ -184,24 +189,33 @@ def _messages(config: RunConfig, cluster: Cluster, num_gpus: int) -> _Messages:
         backward = _Message(seconds=gathered[1].seconds + scattered, first_seconds=first)
         moved = size * share * (teacher + 3 * student)
         return _Messages(passes=(*gathered, backward), once=0.0, bytes_each=moved, bytes_once=0.0)
-    whole = gather_seconds(cluster, num_gpus, size * student, scatters)
-    if zero.stage == 2:
-        last = _Message(seconds=scattered, first_seconds=scattered / scatters)
-        each, once = size * share * student, whole
-    else:
+    if zero.stage == 0:
         # Gradients of all micro-batches are summed on the GPU and reduced once.
-        last, each = _NOTHING, 0.0
-        once = (
-            whole + scattered
-            if zero.stage == 1
-            else reduce_seconds(cluster, num_gpus, size * student, scatters)
-        )
-    return _Messages(
-        passes=(_NOTHING, _NOTHING, last),
-        once=once,
-        bytes_each=each,
-        bytes_once=size * share * student * (1 if zero.stage == 2 else 2),
+        once = reduce_seconds(cluster, num_gpus, size * student, scatters)
+        moved = 2 * size * share * student
+        nothing = (_NOTHING, _NOTHING, _NOTHING)
+        return _Messages(passes=nothing, once=once, bytes_each=0.0, bytes_once=moved)
+    last = _Message(seconds=scattered, first_seconds=scattered / scatters)
+    is_each = zero.stage == 2  # stage 1 scatters its gradients after the last micro-batch
+    # The new weights; and for the teacher, which lies whole on every rank, the student's in fp32.
+    once = gather_seconds(cluster, num_gpus, size * student, scatters) + reduce_seconds(
+        cluster, num_gpus, _FLOAT * teacher, _teacher_tensors(config)
     )
+    moved = share * (size * student + 2 * _FLOAT * teacher)
+    scattered_bytes = size * share * student
+    return _Messages(
+        passes=(_NOTHING, _NOTHING, last if is_each else _NOTHING),
+        once=once if is_each else once + scattered,
+        bytes_each=scattered_bytes if is_each else 0.0,
+        bytes_once=moved if is_each else moved + scattered_bytes,
+    )
+
+
+def _teacher_tensors(config: RunConfig) -> int:
+    """Parameters of the teacher, each of which is put together by a collective of its own."""
+    encoder = networks_of(config).encoder
+    levels = max(1, len(encoder.levels))
+    return _TENSORS_OF_BLOCK * encoder.dims.depth + 2 + 2 * levels
 
 
 def _gather(config: RunConfig, cluster: Cluster, num_gpus: int, params: int) -> _Message:

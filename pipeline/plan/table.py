@@ -39,8 +39,9 @@ def render(plan: RunPlan) -> Iterator[RenderableType]:
     )
     yield (
         f"Every step at the size of the last stage, {escape(plan.stages[-1].name)}, would take "
-        f"{plan.ratio_to_last_size:.1f} times that: {hours_text(plan.gpu_hours_at_last_size)} "
-        "GPU-hours."
+        f"{plan.ratio_to_last_size:.1f} times that by FLOPs: "
+        f"{hours_text(plan.gpu_hours_at_last_size)} GPU-hours. GPUs are often busier with long "
+        "clips than with short ones: `jepa bench stages` measures it."
     )
     for warning in plan.warnings:
         yield f"[yellow]Note:[/yellow] {escape(warning)}"
