@@ -210,7 +210,7 @@ def test_16000_gpus_fail_as_often_as_was_seen():
 
 
 def test_tables_fit_a_terminal_and_say_what_is_chosen():
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     for part in render_scaling(scaled("vitg16-384.yaml", "h100-ib.yaml", 64, 128)):
         console.print(part)
     text = console.export_text()

@@ -77,6 +77,9 @@ def served(tmp_path):
 def test_a_scrape_tells_the_newest_step_checkpoint_and_counts(served):
     made, port = served
     assert "jepa_step" not in scrape(port)
+    # A run that was taken up and never saves must raise the same alarm as any other.
+    made.event("resume", step=2, world_size=1)
+    assert scrape(port)["jepa_checkpoint_step"] == {(): 2.0}
     made.event("save", step=4, seconds=0.1)
     made.event("skip", step=5, reason="nan")
     for step in (5, 6):

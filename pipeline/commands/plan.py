@@ -14,7 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.errors import StorageError, UsageError
 from pipeline.plan.cluster import Cluster
 from pipeline.plan.estimate import plan_run
-from pipeline.plan.evidence import ALL
+from pipeline.plan.evidence import ALL, USUAL_UTILISATION
 from pipeline.plan.scale_table import render_scaling
 from pipeline.plan.scaling import Scaling, numbers_between, scale
 from pipeline.plan.table import render
@@ -27,9 +27,9 @@ _MOST_GPUS = 1 << 20
 class PlanOptions:
     """What a plan reckons with besides the configuration."""
 
-    utilisation: float = 0.4
-    """Share of the peak that goes into model FLOPs, where no cluster is given; 0.3 to 0.4 is usual.
-    """
+    utilisation: float = USUAL_UTILISATION
+    """Share of the peak that goes into model FLOPs, where no cluster is given: 0.2 to 0.45 was
+    published for networks of this kind, `jepa bench step` measures yours."""
     peak_tflops: float = 989.0
     """Dense peak of one GPU in TFLOP/s, where no cluster is given: 989 for an H100 or H200 in
     bf16, 312 for an A100."""

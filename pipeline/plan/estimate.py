@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.models.cost import encoder_params, predictor_params
+from pipeline.plan.evidence import USUAL_UTILISATION
 from pipeline.plan.memory import Memory, memory_per_gpu
 from pipeline.plan.work import (
     MaskTokens,
@@ -86,7 +87,7 @@ def plan_run(
     config: RunConfig,
     *,
     num_gpus: int | None = None,
-    utilisation: float = 0.4,
+    utilisation: float = USUAL_UTILISATION,
     peak_tflops: float = 989.0,
 ) -> RunPlan:
     """Plan every stage of a run.

@@ -49,6 +49,13 @@ H100_NODES = Evidence(
     why="the model knows no slow rank and no busy switch",
 )
 ALL = (PAPER_HOURS, PAPER_SAVING, H100_NODES)
+USUAL_UTILISATION = 0.3
+UTILISATIONS = (
+    "V-JEPA 2's A100-hours come to 21% (derived), another trainer's ViT-g to 29% of H100s and 45% "
+    "of A100s"
+)
+"""Model FLOPs over the peak of what was published: the paper's by its GPU-hours and our count of
+its FLOPs, the other trainer's as its page states it."""
 
 
 def assumptions(efficiency: float, overlap: float) -> Iterator[str]:

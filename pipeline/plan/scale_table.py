@@ -21,7 +21,7 @@ def render_scaling(scaling: Scaling) -> Iterator[RenderableType]:
     if scaling.layouts:
         yield "\n[bold]To finish[/bold], saves, failures and restarts included"
         yield _runs(scaling)
-        yield "\n[bold]A step[/bold] of each stage"
+        yield "\n[bold]A step[/bold] of each stage; bytes and cores a GPU, time between saves"
         yield _steps(scaling)
     yield from _sentences(scaling)
 
@@ -47,7 +47,7 @@ def _runs(scaling: Scaling) -> Table:
 
 def _steps(scaling: Scaling) -> Table:
     table = new_table(
-        "GPUs", "stage", "clips", "s/step", "network", "data", "received", "cores/GPU", "saves"
+        "GPUs", "stage", "clips", "s/step", "network", "data", "bytes", "cores", "saves"
     )
     for layout in scaling.layouts:
         for number, stage in enumerate(layout.stages):
@@ -63,10 +63,19 @@ def _step_cells(stage: StageLayout) -> tuple[str, ...]:
         f"{step.seconds:,.3g}" if step.seconds < 100 else f"{step.seconds:,.0f}",
         f"{step.communication_seconds / step.seconds:.1%}",
         f"{step.data_seconds / step.seconds:.0%}",
-        f"{si(step.moved_bytes)}B",
+        si(step.moved_bytes),
         f"{step.cores_per_gpu:.1f}",
-        duration(lost.interval_seconds / 3600.0),
+        _short(lost.interval_seconds),
     )
+
+
+def _short(seconds: float) -> str:
+    """A time in few characters: a table of nine columns must fit a terminal of 80."""
+    for unit, length in (("d", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 10.0 else f"{value:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _sentences(scaling: Scaling) -> Iterator[str]:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.plan.estimate import RunPlan, StagePlan
+from pipeline.plan.evidence import UTILISATIONS
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _MINUTES_PER_DAY = 24 * 60
@@ -35,7 +36,8 @@ def render(plan: RunPlan) -> Iterator[RenderableType]:
     machine = plan.machine
     yield (
         f"\n{_gpus(machine.num_gpus)} at {machine.utilisation:.0%} of {machine.peak_tflops:g} "
-        f"TFLOP/s each: {duration(plan.wall_hours)}, {hours_text(plan.gpu_hours)} GPU-hours."
+        f"TFLOP/s each: {duration(plan.wall_hours)}, {hours_text(plan.gpu_hours)} GPU-hours. "
+        f"That share is assumed: {UTILISATIONS}. --utilisation sets it, --cluster reckons it."
     )
     yield (
         f"Every step at the size of the last stage, {escape(plan.stages[-1].name)}, would take "
@@ -145,7 +147,7 @@ def new_table(first: str, *others: str) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

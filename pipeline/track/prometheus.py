@@ -41,6 +41,7 @@ class Snapshot:
     """When the newest step ended, unix seconds."""
     checkpoint_step: int | None = None
     checkpoint_time: float = 0.0
+    """When it was published, or taken up by a resume, unix seconds."""
     bad_samples: int = 0
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED.values(), 0))
     health: Mapping[str, float] = field(default_factory=dict)
@@ -101,7 +102,8 @@ class PrometheusEndpoint:
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Something happened, under the names of events.jsonl."""
         now = self.snapshot
-        if name == "save" and fields.get("step") is not None:
+        # A resumed run that never saves must look old, too: its age counts from the resume.
+        if name in ("save", "resume") and fields.get("step") is not None:
             step = int(fields["step"])
             self.snapshot = replace(now, checkpoint_step=step, checkpoint_time=time.time())
         elif name in _COUNTED:
@@ -184,7 +186,8 @@ def _of_checkpoint(now: Snapshot) -> Iterator[Figure]:
         return
     yield _one("checkpoint_step", "Step of the newest checkpoint.", now.checkpoint_step)
     age = max(0.0, time.time() - now.checkpoint_time)
-    yield _one("checkpoint_age_seconds", "Since the newest checkpoint was published.", age)
+    help_text = "Since the newest checkpoint was published, or taken up by this start."
+    yield _one("checkpoint_age_seconds", help_text, age)
 
 
 def _of_counts(now: Snapshot) -> Iterator[Figure]:
