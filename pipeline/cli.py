@@ -6,7 +6,9 @@ either the result or the reason. The exit codes are those of `pipeline.errors.Ex
 shell's own 130 (interrupted from the keyboard) and 141 (nobody reads the output any more).
 """
 
+import contextlib
 import difflib
+import io
 import json
 import os
 import select
@@ -14,10 +16,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import TextIO
 
 from cyclopts import App, CycloptsError, UnknownCommandError
 
-from pipeline.errors import ExitCode, JepaError, UsageError
+from pipeline.errors import ExitCode, JepaError, StorageError, UsageError
 from pipeline.redact import redacted
 from pipeline.verbs import GROUPS, VERBS, Verb
 
@@ -43,28 +47,23 @@ def main(tokens: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With `ExitCode.BUG`, from the unexpected exception it reports.
     """
+    _open_streams()
     arguments = list(sys.argv[1:] if tokens is None else tokens)
-    as_json = "--json" in arguments
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except JepaError as error:
-        return _say(error, as_json)
-    except CycloptsError as error:
-        return _say(_usage_error(error), as_json)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted from the keyboard\n")
+        _write(sys.stderr, "interrupted from the keyboard\n")
         return INTERRUPTED
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+    except SystemExit as ended:
+        # So rich ends a process when nobody reads its output, with 1.
+        if isinstance(ended.__context__, BrokenPipeError):
             return NOBODY_READS
-        missing = _missing_extra(error)
-        if missing is not None:
-            return _say(missing, as_json)
-        # Libraries put addresses and headers into their errors.
-        sys.stderr.write(redacted(traceback.format_exc()))
-        code = _say(JepaError(f"unexpected {type(error).__name__}: {error}"), as_json)
-        raise SystemExit(code) from error
+        raise
+    except Exception as error:
+        code = _end_of(error, arguments)
+        if code == ExitCode.BUG and not isinstance(error, JepaError):
+            raise SystemExit(code) from error
     return code
 
 
@@ -93,6 +92,7 @@ def _run(arguments: list[str]) -> int:
     app = build_app()
     verb = _named(arguments)
     if verb is not None:
+        _must_be_somewhere()
         command = app
         for word in verb.words.split():
             command = command[word]
@@ -148,6 +148,23 @@ def _missing_extra(error: BaseException | None) -> UsageError | None:
     return None
 
 
+def _end_of(error: Exception, arguments: list[str]) -> int:
+    """Tells of an error; gives the exit code."""
+    as_json = "--json" in arguments
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return NOBODY_READS
+    if isinstance(error, JepaError):
+        return _say(_with_verb(error, arguments), as_json)
+    if isinstance(error, CycloptsError):
+        return _say(_usage_error(error), as_json)
+    known = _missing_extra(error) or _full_output(error)
+    if known is not None:
+        return _say(known, as_json)
+    # Libraries put addresses and headers into their errors.
+    _write(sys.stderr, redacted(traceback.format_exc()))
+    return _say(JepaError(f"unexpected {type(error).__name__}: {error}"), as_json)
+
+
 def _nobody_reads() -> bool:
     """Whether the broken pipe is our own output, and not one to a worker or a server."""
     try:
@@ -158,14 +175,62 @@ def _nobody_reads() -> bool:
     poller.register(output, select.POLLOUT)
     if not any(events & select.POLLERR for _, events in poller.poll(0)):
         return False
-    # The interpreter flushes once more at its end; let that go nowhere.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    _let_go(sys.stdout)
     return True
+
+
+def _full_output(error: Exception) -> StorageError | None:
+    """The error to show if standard output is a file that takes no more, else None."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
+        return None
+    try:
+        # Flushing again says nothing: what could not be written has been thrown away.
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as again:
+        if error.errno == again.errno:
+            _let_go(sys.stdout)
+            return StorageError(
+                f"standard output cannot be written: {again.strerror}",
+                remedy="Send it to a file system with free space and run the same command again.",
+            )
+    return None
+
+
+def _open_streams() -> None:
+    """Lets no output that is closed, or has no sign for a character, end a command."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Else the next file that is opened would take the number, and what libraries print.
+            free = os.open(os.devnull, os.O_RDWR)
+            os.dup2(free, number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        stream = getattr(sys, name)
+        if number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _must_be_somewhere() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise UsageError(
+            "expected to be started in a folder, but the current one has been removed",
+            remedy="Change to one that is there, and run the same command again.",
+        ) from None
+
+
+def _with_verb(error: JepaError, arguments: list[str]) -> JepaError:
+    """The error, pointing to the help of the verb where it points to no other remedy."""
+    verb = _named(arguments)
+    if verb is not None and error.remedy == UsageError.remedy:
+        error.remedy = f"See `jepa {verb.words} --help`."
+    return error
 
 
 def _say(error: JepaError, as_json: bool) -> int:
     message = redacted(str(error))
-    sys.stderr.write(f"error: {message}\nwhat to do: {error.remedy}\n")
+    _write(sys.stderr, f"error: {message}\nwhat to do: {error.remedy}\n")
     if as_json:
         document = {
             "type": type(error).__name__,
@@ -173,9 +238,23 @@ def _say(error: JepaError, as_json: bool) -> int:
             "message": message,
             "remedy": error.remedy,
         }
-        sys.stdout.write(json.dumps({"error": document}) + "\n")
-        sys.stdout.flush()
+        _write(sys.stdout, json.dumps({"error": document}) + "\n")
     return int(error.exit_code)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Last words; where nobody can read them, the exit code still tells."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    # The interpreter flushes once more at its end; let that go nowhere.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -67,7 +67,10 @@ class StorageError(JepaError):
     """A file system refused a read or a write."""
 
     exit_code = ExitCode.STORAGE
-    remedy = "Check free space and permissions of the folder named above, then resume."
+    remedy = (
+        "Check free space and permissions of the folder named above, then try again; "
+        "`jepa resume RUN` continues a run."
+    )
 
 
 class CheckpointError(JepaError):

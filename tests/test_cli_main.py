@@ -16,6 +16,7 @@ from pipeline.config.load import SHIPPED_CONFIGS
 from pipeline.errors import ConfigError, DataError, ExitCode, StorageError
 
 TINY = str(SHIPPED_CONFIGS / "tiny-cpu.yaml")
+JEPA = Path(sys.executable).with_name("jepa")
 HEAVY = ("torch", "numpy", "deepspeed", "ray", "mlflow", "av", "pydantic", "ruamel")
 
 
@@ -115,6 +116,11 @@ def test_a_usage_error_exits_2_and_names_the_nearest_right_word(arguments, messa
     assert output.out == ""
 
 
+def test_a_verb_s_own_usage_error_points_to_its_help(capsys):
+    assert cli.main(["plan", TINY, "--gpus", "0"]) == ExitCode.USAGE
+    assert "what to do: See `jepa plan --help`." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "code"), [("config", 78), ("data", 65), ("storage", 74), ("saved", 75), ("nothing", 0)]
 )
@@ -167,13 +173,57 @@ def test_a_missing_library_names_the_extra_to_install(fail, monkeypatch):
     assert "pip install 'jepa-pipeline[train]'" in err
 
 
-def test_output_that_nobody_reads_ends_quietly():
+@pytest.mark.parametrize("arguments", [["config", "schema"], ["--help"]], ids=["plain", "rich"])
+def test_output_that_nobody_reads_ends_quietly(arguments):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "pipeline.cli", "config", "schema"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    done = run_alone(arguments, stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (cli.NOBODY_READS, b"")
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run_alone(["trian", "--json"], stdout=writing, stderr=writing)
+    os.close(writing)
+    assert done.returncode == ExitCode.USAGE
+
+
+def test_a_full_disk_below_the_output_is_a_refusal_of_storage():
+    with Path("/dev/full").open("wb") as full:
+        done = run_alone(["--help"], stdout=full)
+    assert done.returncode == ExitCode.STORAGE
+    assert b"standard output cannot be written: No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_closed_output_ends_no_command_and_no_file_takes_its_place(tmp_path):
+    out = tmp_path / "out"
+    script = f"{JEPA} --help >&- 2>&- <&-; echo $? > {out}"
+    subprocess.run(["bash", "-c", script], check=True)
+    assert out.read_text() == "0\n"
+
+
+def test_a_terminal_without_a_sign_gets_its_number(tmp_path):
+    path = tmp_path / "größe.yaml"
+    path.write_text(Path(TINY).read_text())
+    done = run_alone(["config", "show", str(path)], env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe.yaml:5" in done.stdout
+
+
+def test_a_folder_that_is_gone_is_named_as_such(tmp_path):
+    gone = tmp_path / "gone"
+    script = f"mkdir {gone} && cd {gone} && rmdir {gone} && exec {JEPA} config show x.yaml"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=False)
+    assert done.returncode == ExitCode.USAGE
+    assert b"the current one has been removed" in done.stderr
+
+
+def run_alone(arguments, *, env=None, **streams) -> subprocess.CompletedProcess[bytes]:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run([JEPA, *arguments], env=env, check=False, **streams)
 
 
 def test_config_verbs_print_text_and_json(capsys, tmp_path):

@@ -1,7 +1,9 @@
 """What a person sees while a run goes: a progress bar, or plain lines without a terminal."""
 
+import contextlib
+import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -16,8 +18,15 @@ _REDRAW_SECONDS = 0.25
 _QUIET_EVENTS = frozenset({"stage", "save_begun"})
 
 
+class _RunConsole(Console):
+    """Leaves it to the sink what a closed pipe means: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - what rich has caught
+
+
 class ConsoleSink:
-    """Shows steps and events.
+    """Shows steps and events; a terminal that is gone or a full disk below it ends only the show.
 
     Args:
         config: How often a plain line is written.
@@ -37,7 +46,7 @@ class ConsoleSink:
         self._config = config
         self._plan = plan
         self._world_size = world_size
-        self.console = console or Console()
+        self.console = console or _RunConsole()
         self._window: deque[LoggedStep] = deque(maxlen=WINDOW_STEPS)
         self._rank: float | None = None
         self._bar: Progress | None = None
@@ -55,9 +64,10 @@ class ConsoleSink:
         if stage_began:
             self._say(self._stage_line(step))
         if self.console.is_terminal:
-            self._draw(step)
+            with self._while_it_is_there():
+                self._draw(step)
         elif self._is_due(step):
-            self.console.print(self._line(step), markup=False, soft_wrap=True, highlight=False)
+            self._say(self._line(step))
 
     def event(self, event: Event) -> None:
         """Writes an event as a line of its own."""
@@ -70,17 +80,30 @@ class ConsoleSink:
 
     def warn(self, sentence: str) -> None:
         """Writes something that needs a person's attention, but does not stop the run."""
-        self.console.print(f"[yellow]warning:[/] {escape(sentence)}", soft_wrap=True)
+        with self._while_it_is_there():
+            self.console.print(f"[yellow]warning:[/] {escape(sentence)}", soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the finished bar on the screen."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
+            with self._while_it_is_there():
+                self._bar.refresh()
+                self._bar.stop()
             self._bar = None
 
     def _say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, soft_wrap=True, highlight=False)
+        with self._while_it_is_there():
+            self.console.print(sentence, markup=False, soft_wrap=True, highlight=False)
+
+    @contextlib.contextmanager
+    def _while_it_is_there(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
+            # The interpreter flushes what is left at its end, and would end with another code.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
 
     def _is_due(self, step: LoggedStep) -> bool:
         number = step.report.step
