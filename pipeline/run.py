@@ -46,7 +46,7 @@ class RunConfig(Section):
     """Name of the run, and of its folder."""
     runs_folder: Path = Path("runs")
     """Folder that holds the folders of runs."""
-    seed: int = Field(default=239, ge=0)
+    seed: int = Field(default=239, ge=0, lt=2**63)
     """Decides initial weights, sample order, crops and masks."""
     global_batch: int = Field(ge=1)
     """Clips per optimiser step, all ranks together, in every stage."""

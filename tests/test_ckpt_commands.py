@@ -61,6 +61,17 @@ def test_ls_tells_stage_size_ranks_pins_and_what_is_damaged_at_a_glance(run, cap
     assert "step 3: " in told
 
 
+def test_a_run_without_a_checkpoint_is_a_run_and_a_folder_of_something_else_is_none(run, capsys):
+    layout.checkpoints_dir(run).rename(run.parent / "elsewhere")
+    assert jepa(capsys, "ls", run) == (0, {"checkpoints": [], "cut_short": [], "aside": []})
+    code, told = jepa(capsys, "verify", run)
+    assert (code, told["error"]["message"]) == (ExitCode.CONFIG, f"{run} has no checkpoint.")
+    code, told = jepa(capsys, "ls", run.parent / "elsewhere")
+    assert code == ExitCode.USAGE
+    assert "such as runs/NAME" in told["error"]["remedy"]
+    assert main(["resume", str(run.parent / "elsewhere")]) == ExitCode.USAGE
+
+
 def test_verify_exits_78_and_names_file_and_tensor(run, capsys):
     assert jepa(capsys, "verify", run)[0] == ExitCode.DONE
     damage(run, 2)

@@ -242,7 +242,9 @@ def test_config_verbs_print_text_and_json(capsys, tmp_path):
 
 
 def test_a_wrong_configuration_exits_78_with_every_mistake(capsys):
-    assert cli.main(["config", "show", TINY, "sed=7", "global_batch=0"]) == ExitCode.CONFIG
+    wrong = ["sed=7", "global_batch=0", "seed=9223372036854775808"]
+    assert cli.main(["config", "show", TINY, *wrong]) == ExitCode.CONFIG
     output = capsys.readouterr().err
+    assert "seed: expected a whole number at least 0 and below 9223372036854775808" in output
     assert "override sed=7: sed: expected a known key, got 'sed'; did you mean 'seed'?" in output
     assert "override global_batch=0: global_batch: expected a whole number at least 1" in output

@@ -205,7 +205,7 @@ def test_a_run_is_never_started_over_an_existing_one(folder, whole):
 
 def test_resuming_what_is_no_run_or_has_no_such_step_is_refused(folder, whole):
     code, output = finish(jepa("resume", folder / "no-such-run"))
-    assert code == ExitCode.CONFIG
+    assert code == ExitCode.USAGE
     assert "no-such-run" in output
     code, output = finish(jepa("resume", whole, "--step", 5))
     assert code == ExitCode.CONFIG

@@ -216,12 +216,12 @@ def test_not_even_the_environment_can_ask_for_the_unsafe_reader(tmp_path, monkey
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize("content", [b"", b"no: checkpoint", b"\0\0\0 ftypisom", b"PK\x03\x04 cut"])
 def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, capsys, content):
     (tmp_path / "x.pt").write_bytes(content)
     words = ["ckpt", "import", str(tmp_path / "x.pt"), str(tmp_path / "out")]
     assert main([*words, "--format", "vjepa2"]) == ExitCode.CONFIG
-    assert "error:" in capsys.readouterr().err
+    assert "x.pt is no checkpoint that torch can read" in capsys.readouterr().err
 
 
 def _run(verb: str, *words) -> None:

@@ -246,7 +246,10 @@ def test_the_command_draws_and_prints_json(tmp_path, capsys):
     assert both["machine"]["num_gpus"] == both["scaling"]["layouts"][0]["num_gpus"] == 64
 
 
-@pytest.mark.parametrize("words", [["--gpus", "8..4"], ["--gpus", "many"], ["--picture", "a.txt"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--gpus", "8..4"], ["--gpus", "many"], ["--picture", "a.txt"], ["--picture", "a.png"]],
+)
 def test_mistakes_are_usage_errors(words, capsys):
     assert main(["plan", str(SHIPPED_CONFIGS / "tiny-cpu.yaml"), *words]) == ExitCode.USAGE
     assert f"expected {words[0]}" in capsys.readouterr().err

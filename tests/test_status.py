@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.checkpoint.save import SaveRequest, save
 from pipeline.cli import main
+from pipeline.errors import ExitCode
 from pipeline.report.facts import gather
 from pipeline.track.faults import RankFault, write_fault
 from pipeline.track.folder import write_json
@@ -113,6 +114,15 @@ def test_a_wrong_path_names_the_nearest_runs(tmp_path, capsys):
     assert f"Did you mean {tmp_path / 'vitl-long'}?" in error
     assert main(["status", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("starts", ["3", "[3]", '[{"time": "yesterday"}]', '[{"step": 0}]'])
+def test_records_of_another_form_are_named_and_not_stumbled_over(live, capsys, starts):
+    (live.path / "run.json").write_text(f'{{"starts": {starts}}}')
+    assert main(["status", str(live.path)]) == ExitCode.STORAGE
+    told = capsys.readouterr().err
+    assert f"{live.path / 'run.json'}: expected `starts` as a list" in told
+    assert "Restore the file" in told
 
 
 def test_a_configuration_of_another_version_does_not_hide_the_rest(live, capsys):

@@ -110,6 +110,33 @@ def test_without_a_terminal_there_is_a_plain_line_every_few_steps(run_dir):
     assert "\x1b" not in text.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "disk", "terminal"])
+def test_a_run_outlives_whoever_read_its_output(run_dir, monkeypatch, kind):
+    with broken_output(kind) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        tracker = Tracker(OFF, plan=PLAN)
+        tracker.start(run_dir, CONFIG_YAML, resume=False)
+        tracker.event("start", step=0)
+        for step in range(1, 21):
+            tracker.log(report(step))
+        tracker.close("finished")
+        stream.flush()
+    assert [step.report.step for step in read_all_metrics(run_dir)] == list(range(1, 21))
+    assert [event.name for event in read_events(run_dir)] == ["start"]
+
+
+@contextmanager
+def broken_output(kind):
+    """Nobody reads the pipe any more, the disk is full, the terminal has been closed."""
+    if kind == "disk":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other, output = os.pipe() if kind == "pipe" else os.openpty()
+        os.close(other)
+    with os.fdopen(output, "w", errors="replace") as stream:
+        yield stream
+
+
 def test_on_a_terminal_there_is_one_bar_that_ends_at_the_last_step(run_dir):
     tracker, text = make_tracker(OFF, run_dir, terminal=True)
     for step in range(1, 21):

@@ -276,7 +276,11 @@ def _print_pairs(pairs: dict[str, Any]) -> None:
 
 
 def _must_be_run(run: Path) -> None:
-    if not layout.checkpoints_dir(run).is_dir():
+    has_begun = any((run / name).is_file() for name in (RUN_FILE, CONFIG_FILE))
+    if not has_begun and not layout.checkpoints_dir(run).is_dir():
         near = sorted(path.parent.name for path in run.parent.glob("*/checkpoints"))
         there = f" Runs beside it: {', '.join(near)}." if near else ""
-        raise UsageError(f"{run} is not the folder of a run: it has no checkpoints.{there}")
+        raise UsageError(
+            f"{run} is not the folder of a run: it has no checkpoints.{there}",
+            remedy="Give the folder that `jepa train` named, such as runs/NAME.",
+        )

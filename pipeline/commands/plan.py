@@ -64,8 +64,8 @@ def plan(
         json: Print the plan as JSON.
     """
     chosen = options or PlanOptions()
-    _must_be_possible(chosen)
     numbers = None if gpus is None else _numbers(gpus)
+    _must_be_possible(chosen, numbers)
     run = load_config(config, RunConfig, overrides).config
     if masks is not None:
         _write(masks, lambda path: _masks_page(run, path))
@@ -123,13 +123,19 @@ def _numbers(words: str) -> tuple[int, ...]:
     return numbers
 
 
-def _must_be_possible(options: PlanOptions) -> None:
+def _must_be_possible(options: PlanOptions, numbers: tuple[int, ...] | None) -> None:
     if not 0.0 < options.utilisation <= 1.0:
         raise UsageError(f"expected --utilisation above 0 and at most 1, got {options.utilisation}")
     if not 0.0 < options.peak_tflops < math.inf:
         raise UsageError(f"expected --peak-tflops above 0, got {options.peak_tflops}")
     if options.picture is not None and options.picture.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"expected --picture as a .png, .svg or .pdf, got {options.picture}")
+    is_scaled = options.cluster is not None or len(numbers or ()) == 2
+    if options.picture is not None and not is_scaled:
+        raise UsageError(
+            "expected --picture with numbers of GPUs to draw curves over, got one alone",
+            remedy="Give a range as --gpus 1..4096, or a --cluster FILE.",
+        )
 
 
 # Drawing needs matplotlib, which takes its time to import.

@@ -80,7 +80,7 @@ def resume(
 def _resume(run: Path, ranks: int | None, wish: Wish) -> ExitCode:
     path = run / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(
+        raise UsageError(
             f"{run} is not the folder of a run: it has no {CONFIG_FILE}.",
             remedy="Give the folder that `jepa train` named, such as runs/NAME.",
         )

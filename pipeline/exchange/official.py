@@ -81,6 +81,7 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
             f"expected the file of an official checkpoint, found none at {path}",
             remedy="Give the .pt file; a folder of transformers is read with --format hf.",
         )
+    _must_be_saved_by_torch(path)
     try:
         try:
             # Mapped: a tensor is in memory when it is copied, the optimiser's state never.
@@ -105,6 +106,21 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected networks by name, got a {type(content).__name__}.")
     return content
+
+
+def _must_be_saved_by_torch(path: Path) -> None:
+    """Else torch calls whatever it meets in a text or a video a pickle that could run code."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(2)
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror or error}") from error
+    if beginning != b"PK" and not beginning.startswith(b"\x80"):
+        raise CheckpointError(
+            f"{path} is no checkpoint that torch can read: expected a zip or a pickle, got "
+            f"{'an empty file' if not beginning else f'a file that begins with {beginning!r}'}.",
+            remedy="Fetch the file again; it may be cut short.",
+        )
 
 
 def _networks(

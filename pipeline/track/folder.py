@@ -24,6 +24,8 @@ PROBE_FOLDER = "probes"
 PROBE_PICTURES = "pictures"
 REPORT_FILE = "report.html"
 
+_NOT_OURS = "Restore the file from a copy, or move it away if the run can do without it."
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeScore:
@@ -50,9 +52,20 @@ def read_run_info(run_dir: Path) -> dict[str, Any]:
     """The content of run.json; empty if there is none yet.
 
     Raises:
-        StorageError: If the file is there but holds no JSON object.
+        StorageError: If the file is there but holds something else.
     """
-    return read_json_object(run_dir / RUN_FILE)
+    path = run_dir / RUN_FILE
+    info = read_json_object(path)
+    try:
+        for start in info.get("starts", []):
+            datetime.fromisoformat(start["time"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path}: expected `starts` as a list of starts with their times, got another thing "
+            f"({error}).",
+            remedy=_NOT_OURS,
+        ) from None
+    return info
 
 
 def update_run_info(run_dir: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,9 +96,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot read {path}: {error}") from error
+        raise StorageError(f"Cannot read {path}: {error}", remedy=_NOT_OURS) from error
     if not isinstance(content, dict):
-        raise StorageError(f"Expected a JSON object in {path}, got {type(content).__name__}.")
+        raise StorageError(
+            f"Expected a JSON object in {path}, got {type(content).__name__}.", remedy=_NOT_OURS
+        )
     return content
 
 
@@ -126,7 +141,10 @@ def probe_records(path: Path) -> list[dict[str, Any]]:
     scores = content.pop("scores", None)
     records = [content] if scores is None else [{**content, **score} for score in scores]
     if not all(isinstance(record.get("top1"), int | float) for record in records):
-        raise StorageError(f"{path} is no probe result: it has no number `top1`.")
+        raise StorageError(
+            f"{path} is no probe result: it has no number `top1`.",
+            remedy="Move the file away; `jepa probe` writes that of a checkpoint again.",
+        )
     for record in records:
         ending = f"-{record.get('head')}-seed{record.get('seed')}"
         record["name"] = path.stem if scores is None else f"{path.stem}{ending}"
