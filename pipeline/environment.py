@@ -138,11 +138,15 @@ def job_end() -> float | None:
     return float(end) if end.isdigit() else None
 
 
-def record_collectives(folder: Path) -> None:
-    """Lets NCCL's flight recorder keep its last collectives and dump them when one times out."""
+def record_collectives(prefix: Path) -> None:
+    """Lets torch's flight recorder keep the last collectives; NCCL dumps them at its time-out.
+
+    Args:
+        prefix: Of the file's path, which ends with the rank; its folder must be there by then.
+    """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(prefix))
 
 
 def free_port() -> int:

@@ -99,6 +99,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others_with_phase_and_stacks(fol
     stacks = (run / "faults" / "stacks-rank-00000.txt").read_text()
     assert "pipeline/engine/loop.py" in stacks
     assert "Thread" in stacks
+    assert b"gloo:all_gather" in (run / "faults" / "collectives-rank-0").read_bytes()
 
 
 def test_an_error_of_another_rank_is_in_the_events_as_the_cause(folder):

@@ -1,8 +1,9 @@
 """Who hangs: a heartbeat per rank, and a thread in each that ends the run if nothing moves.
 
 The main thread says what it is at; a thread beside it writes that down every few seconds. If a
-step, a save or the start-up takes too long, the thread writes all stacks, looks at the other
-ranks' heartbeats and ends the process: a collective that waits for a lost rank never returns.
+step, a save or the start-up takes too long, the thread looks at the other ranks' heartbeats, writes
+all stacks and the last collectives, and ends the process: a collective that waits for a lost rank
+never returns.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.engine.collectives import write_collectives
 from pipeline.errors import ExitCode
 from pipeline.limits import GuardsConfig
-from pipeline.track.faults import RankFault, stacks_path, write_fault
+from pipeline.track.faults import FAULTS_FOLDER, RankFault, stacks_path, write_fault
 
 HEARTBEAT_FOLDER = "heartbeats"
 # In the order of a step: of two ranks in one step, the one in the earlier phase is behind.
@@ -207,6 +209,7 @@ class Watchdog:
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(all_threads=True)
+        write_collectives(run_dir / FAULTS_FOLDER, self._rank)
 
 
 def read_beats(run_dir: Path | None) -> dict[int, Beat]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pipeline.checkpoint.layout import list_commits
 from pipeline.engine.agree import agree_on_stop
 from pipeline.engine.build import Parts, build
+from pipeline.engine.collectives import COLLECTIVES
 from pipeline.engine.commit import Saver
 from pipeline.engine.guards import Guards
 from pipeline.engine.last_words import as_peer_loss
@@ -72,10 +73,13 @@ def _start_up(config: RunConfig, launch: Launch, wish: Wish, care: Supervision) 
     set_cpu_threads(launch)
     device = choose_device(launch)
     if device.type == "cuda":
-        record_collectives(config.run_dir / FAULTS_FOLDER)
+        record_collectives(config.run_dir / FAULTS_FOLDER / COLLECTIVES)
     join_process_group(launch, device, timeout_seconds=config.peer_timeout_seconds)
     ages.append(process_age_seconds())
     start = begin(config, launch, wish, care.ownership)
+    if device.type == "cuda":
+        # NCCL's own watchdog writes there, and makes no folder.
+        (config.run_dir / FAULTS_FOLDER).mkdir(exist_ok=True)
     care.attach(config, start)
     care.stop.clear()
     parts = build(config, launch, device, start, wish, care)
