@@ -8,14 +8,16 @@ import hashlib
 import os
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from av.error import FFmpegError
 from pydantic import ValidationError
 from webdataset.writer import TarWriter
 
+from data_prep.album import Album, album_bytes
 from data_prep.filters import unfit
 from data_prep.kinds.material import Material, material
 from data_prep.measure import Measured, measure
@@ -26,7 +28,8 @@ from data_prep.settings import PrepSettings
 from data_prep.transcode import Segment, SegmentPlan, conforms, plan_segments, transcode
 from pipeline.data.badmedia import BadMediaError, BadReason
 from pipeline.data.confine import confined
-from pipeline.errors import StorageError
+from pipeline.data.decode import TimedFrame
+from pipeline.errors import JepaError, StorageError
 from pipeline.files import publish
 
 RECORD_NAME = "record.json"
@@ -126,6 +129,7 @@ class _Work:
         self._segments: list[SegmentRecord] = []
         self._rejections: list[Rejection] = []
         self._found: Measured | None = None
+        self._pictures: Sequence[TimedFrame] | None = None
 
     def record(self) -> ItemRecord:
         """Does the work; what is wrong with the source ends up in the record."""
@@ -159,10 +163,12 @@ class _Work:
         limits = self._settings.limits
         with opened(self._source, self._folder) as file:
             # Each pass has all of the time, which the decoder's own clock grants it as well.
-            with confined(limits):
+            with confined(limits), _source_to_blame():
                 made = material(self._source, file.content, self._settings)
-            with confined(limits):
-                self._found = measure(made.content, self._settings)
+            with confined(limits, held_bytes=album_bytes(self._settings)), _source_to_blame():
+                album = Album(self._settings)
+                self._found = measure(made.content, self._settings, album.see)
+                self._pictures = album.pictures()
             with confined(limits):
                 self._store(made, file.sha256, self._found)
 
@@ -212,7 +218,8 @@ class _Work:
                 payload=content if isinstance(content, bytes) else content.read_bytes(),
             )
             return
-        yield from transcode(content, plan, self._settings)
+        with _source_to_blame():
+            yield from transcode(content, plan, self._settings, self._pictures)
 
     def _reject(
         self,
@@ -232,6 +239,29 @@ class _Work:
                 figures=figures,
             )
         )
+
+
+@contextmanager
+def _source_to_blame() -> Iterator[None]:
+    """Makes a refusal of whatever else goes wrong: one of a million must not end the others.
+
+    Nothing is written in here, so an error of the system comes from reading the source.
+    """
+    try:
+        yield
+    except (BadMediaError, MemoryError, JepaError):
+        raise
+    except FFmpegError as error:
+        raise BadMediaError(BadReason.UNDECODABLE, _first_line(error)) from error
+    except OSError as error:
+        raise BadMediaError(BadReason.NOT_A_FILE, f"cannot be read: {error.strerror}") from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {_first_line(error)}"
+        raise BadMediaError(BadReason.UNDECODABLE, text) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _record_of(segment: Segment, sample: Sample, found: Measured) -> SegmentRecord:

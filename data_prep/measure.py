@@ -7,6 +7,7 @@ some 28,800 pictures are looked at, and 24 bytes are kept of each.
 import hashlib
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +65,31 @@ class Measured:
         return worth_keeping(tuple(span for span in wanted if span[0] < span[1]), settings)
 
 
-def measure(source: Path | bytes, settings: PrepSettings) -> Measured:
+def measure(
+    source: Path | bytes,
+    settings: PrepSettings,
+    on_frame: Callable[[TimedFrame], None] = lambda _timed: None,
+) -> Measured:
     """Decodes a video from end to end, once.
 
     Call it in a process that may die, inside `pipeline.data.confine.confined`. A video that
     breaks midway is no error here: `info.partial` says why, and the rest is about what decoded.
 
+    Args:
+        source: The file, or its bytes.
+        settings: How it is prepared.
+        on_frame: Told every frame that decodes as well, in the order of presentation.
+
     Raises:
         BadMediaError: The video is refused, or not even its first frame decodes.
     """
     look = _Look(settings)
-    info = probe_media(source, settings.limits, decode_everything=True, on_frame=look.see)
+
+    def see(timed: TimedFrame) -> None:
+        look.see(timed)
+        on_frame(timed)
+
+    info = probe_media(source, settings.limits, decode_everything=True, on_frame=see)
     pictures = look.finish()
     frame_seconds = 1 / info.fps if info.fps > 0 else 0.0
     shots = shots_between(

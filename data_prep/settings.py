@@ -59,7 +59,8 @@ class PrepSettings(Section):
     max_pixels: int = Field(default=4096 * 2304, ge=1)
     """Videos with larger pictures are refused before they are decoded."""
     max_memory_mib: float = Field(default=4096.0, gt=0)
-    """Address space that one video may add to the process that works on it, in MiB."""
+    """Address space that decoding one video may add to a process, in MiB; a sixteenth more is for
+    its pictures that wait to be encoded."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -9,17 +9,16 @@ pixel formats and turned pictures end here. The choice of encoder settings is me
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
-from data_prep.hdr import is_hdr, tone_mapped
+from data_prep.painting import Painter, stored_size
 from data_prep.settings import PrepSettings
 from pipeline.data.decode import (
     BadMediaError,
@@ -27,9 +26,7 @@ from pipeline.data.decode import (
     MediaInfo,
     MediaReader,
     TimedFrame,
-    to_rgb,
 )
-from pipeline.data.picture import as_shown, is_upright, shown_size
 
 _TIME_TOLERANCE_SECONDS = 1e-6
 # Longest GOP that still counts as conforming; above it a seek decodes too much.
@@ -90,14 +87,14 @@ def plan_segments(
             BadReason.TOO_SMALL,
             f"{info.width}×{info.height}, at least {settings.min_side} pixels are needed",
         )
-    fps = Fraction(info.fps if settings.fps == "native" else settings.fps).limit_denominator(1001)
+    fps = stored_rate(settings, info.fps)
     num_frames = max(1, _frame_after(info.duration_seconds, fps))
     longest = max(1, math.floor(settings.max_seconds * fps))
     spans: list[tuple[int, int]] = []
     for begin, end in shots if shots is not None else ((0.0, math.inf),):
         last = num_frames if end >= info.duration_seconds else _frame_after(end, fps)
         spans += _parts(_frame_after(begin, fps), min(last, num_frames), longest)
-    width, height = _stored_size(info, settings.short_side)
+    width, height = stored_size(info.width, info.height, settings.short_side)
     return SegmentPlan(
         fps=fps,
         spans=tuple(spans),
@@ -121,34 +118,69 @@ def conforms(info: MediaInfo, plan: SegmentPlan) -> bool:
     )
 
 
-def transcode(video: Path | bytes, plan: SegmentPlan, settings: PrepSettings) -> Iterator[Segment]:
+def stored_rate(settings: PrepSettings, native: float) -> Fraction:
+    """Frames a second that are stored of a video with a rate of its own."""
+    return Fraction(native if settings.fps == "native" else settings.fps).limit_denominator(1001)
+
+
+def output_seconds(number: int, rate: Fraction) -> float:
+    """Time up to which the frame that an output frame shows may be presented."""
+    return float(number / rate) + _TIME_TOLERANCE_SECONDS
+
+
+def transcode(
+    video: Path | bytes,
+    plan: SegmentPlan,
+    settings: PrepSettings,
+    pictures: Sequence[TimedFrame] | None = None,
+) -> Iterator[Segment]:
     """The segments of a source, decoded in one pass and encoded by one thread each.
+
+    Args:
+        video: The source.
+        plan: Where it is cut.
+        settings: How it is prepared.
+        pictures: What an `Album` kept of it; then nothing is decoded, and the bytes are the same.
 
     Raises:
         BadMediaError: It does not decode this time, or not in time.
     """
+    if pictures is not None:
+        shown = resampled(iter(pictures), plan)
+        yield from _encoded(shown, plan, settings)
+        return
+    painter = Painter(plan.width, plan.height)
     with MediaReader(video, settings.limits) as reader:
-        shown = _resampled(reader.frames(), plan)
-        reached = 0
-        for number, (first, end) in enumerate(plan.spans):
-            # What lies between two segments is decoded and goes nowhere.
-            next(itertools.islice(shown, first - reached, first - reached), None)
-            reached = end
-            encoder = _Encoder(plan, settings)
-            for frame in itertools.islice(shown, end - first):
-                encoder.add(frame)
-            if encoder.num_frames != end - first:
-                raise BadMediaError(BadReason.UNDECODABLE, "fewer frames than a moment ago")
-            yield Segment(
-                number=number,
-                start_seconds=float(first / plan.fps),
-                end_seconds=float(end / plan.fps),
-                num_frames=end - first,
-                fps=float(plan.fps),
-                width=plan.width,
-                height=plan.height,
-                payload=encoder.finish(),
-            )
+        shown = resampled(reader.frames(), plan)
+        yield from _encoded(shown, plan, settings, painter.paint)
+
+
+def _encoded(
+    shown: Iterator[VideoFrame],
+    plan: SegmentPlan,
+    settings: PrepSettings,
+    paint: Callable[[VideoFrame], VideoFrame] = lambda picture: picture,
+) -> Iterator[Segment]:
+    reached = 0
+    for number, (first, end) in enumerate(plan.spans):
+        # What lies between two segments goes nowhere.
+        next(itertools.islice(shown, first - reached, first - reached), None)
+        reached = end
+        encoder = _Encoder(plan, settings)
+        for frame in itertools.islice(shown, end - first):
+            encoder.add(paint(frame))
+        if encoder.num_frames != end - first:
+            raise BadMediaError(BadReason.UNDECODABLE, "fewer frames than a moment ago")
+        yield Segment(
+            number=number,
+            start_seconds=float(first / plan.fps),
+            end_seconds=float(end / plan.fps),
+            num_frames=end - first,
+            fps=float(plan.fps),
+            width=plan.width,
+            height=plan.height,
+            payload=encoder.finish(),
+        )
 
 
 def _frame_after(seconds: float, fps: Fraction) -> int:
@@ -163,18 +195,7 @@ def _parts(first: int, end: int, longest: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))
 
 
-def _stored_size(info: MediaInfo, short_side: int) -> tuple[int, int]:
-    """Width and height as shown, even, with at most `short_side` pixels on the short side."""
-    scale = min(1.0, short_side / min(info.width, info.height))
-
-    def even(pixels: int) -> int:
-        # Down where the size stays: a picture is cropped by scaling, never enlarged.
-        return int(pixels * scale) // 2 * 2 if scale == 1.0 else round(pixels * scale / 2) * 2
-
-    return even(info.width), even(info.height)
-
-
-def _resampled(frames: Iterator[TimedFrame], plan: SegmentPlan) -> Iterator[VideoFrame]:
+def resampled(frames: Iterator[TimedFrame], plan: SegmentPlan) -> Iterator[VideoFrame]:
     """At k / fps the last frame presented by then; without end, the last frame repeats."""
     decoded = _until_damage(frames) if plan.partial else frames
     current = next(decoded, None)
@@ -182,7 +203,7 @@ def _resampled(frames: Iterator[TimedFrame], plan: SegmentPlan) -> Iterator[Vide
         return
     upcoming = next(decoded, None)
     for number in itertools.count():
-        seconds = float(number / plan.fps) + _TIME_TOLERANCE_SECONDS
+        seconds = output_seconds(number, plan.fps)
         while upcoming is not None and upcoming.seconds <= seconds:
             current, upcoming = upcoming, next(decoded, None)
         yield current.frame
@@ -208,9 +229,8 @@ class _Encoder:
         self._stream: VideoStream | None = None
         self.num_frames = 0
 
-    def add(self, frame: VideoFrame) -> None:
-        """Appends a decoded frame, scaled, turned and converted."""
-        picture = self._picture(frame)
+    def add(self, picture: VideoFrame) -> None:
+        """Appends a picture."""
         if self._stream is None:
             self._stream = self._open_stream(picture)
         picture.pts = self.num_frames
@@ -226,21 +246,6 @@ class _Encoder:
             self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._buffer.getvalue()
-
-    def _picture(self, frame: VideoFrame) -> VideoFrame:
-        size = self._plan.width, self._plan.height
-        if is_upright(frame) and not is_hdr(frame):
-            return frame.reformat(
-                width=size[0], height=size[1], format="yuv420p", dst_color_range="MPEG", threads=1
-            )
-        turned = shown_size(frame) != (frame.width, frame.height)
-        width, height = reversed(size) if turned else size
-        if is_hdr(frame):
-            picture_HWC = as_shown(tone_mapped(frame, width, height), frame)
-        else:
-            picture_HWC = to_rgb(frame, width=width, height=height)
-        upright = VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
-        return upright.reformat(format="yuv420p", threads=1)
 
     def _open_stream(self, picture: VideoFrame) -> VideoStream:
         options = {

@@ -39,17 +39,21 @@ class DecodeLimits(Section):
 
 
 @contextmanager
-def confined(limits: DecodeLimits) -> Iterator[None]:
+def confined(limits: DecodeLimits, *, held_bytes: int = 0) -> Iterator[None]:
     """One decode under the kernel's eyes; only for a process that may die, such as a worker.
 
     Address space is counted, not resident memory: it is what the kernel can bound, and it is
     never less. The clock is the processor's, so a machine that is overloaded refuses no video.
 
+    Args:
+        limits: What the decode may cost.
+        held_bytes: What the caller keeps of it meanwhile, which is not the decoder's.
+
     Raises:
         BadMediaError: The decode asked for more memory than `limits.max_memory_bytes`.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
-    _allow(_address_space_bytes() + limits.max_memory_bytes, before)
+    _allow(_address_space_bytes() + limits.max_memory_bytes + held_bytes, before)
     signal.setitimer(signal.ITIMER_PROF, limits.max_seconds + _SPARE_SECONDS)
     try:
         yield
