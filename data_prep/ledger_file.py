@@ -10,7 +10,7 @@ from pipeline.data.layout import INDEX_NAME, MANIFEST_NAME, REJECTED_NAME
 from pipeline.errors import StorageError, UsageError
 
 _NAME = "ledger.sqlite"
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE source (
@@ -57,6 +57,11 @@ def claimed_database(
         _check_folder(dataset_dir, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{dataset_dir}: expected a folder, or none yet, got a file there or above it",
+            remedy="Give --out another folder.",
+        ) from error
     except OSError as error:
         raise StorageError(f"{folder}: cannot be made: {error.strerror}") from error
     if overwrite:
