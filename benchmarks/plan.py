@@ -38,8 +38,9 @@ class Sizes:
     micro_batch: int
 
 
-# The first is measured to calibrate, at two clip lengths; the second is predicted.
-_KNOWN = Sizes(width=256, depth=4, heads=4, frames=(8, 16), resolution=64, micro_batch=4)
+# The first is measured to calibrate, at two clip lengths, so far apart that their difference is
+# more than noise; the second is predicted.
+_KNOWN = Sizes(width=256, depth=4, heads=4, frames=(8, 32), resolution=64, micro_batch=4)
 _ASKED = Sizes(width=320, depth=8, heads=5, frames=(8, 16), resolution=96, micro_batch=2)
 
 
@@ -81,7 +82,12 @@ def _calibrated(ranks: int, rounds: int) -> Cluster:
     works = [_work(_config(_KNOWN, 1), index, 1) for index in range(2)]
     flops = [one.model_flops for one in works]
     times = [one["gradient_seconds"] for one in alone]
-    rate = (flops[1] - flops[0]) / max(1e-9, times[1] - times[0])
+    if times[1] < 1.5 * times[0]:
+        raise SystemExit(
+            f"{ranks} rank(s): clips four times as long took {times[1] / times[0]:.2f} times as "
+            "long, so the machine was busy with something else; measure again, with more --rounds"
+        )
+    rate = (flops[1] - flops[0]) / (times[1] - times[0])
     overhead = max(0.0, times[0] - flops[0] / rate)
     student, teacher = trained_params(known)
     links = _links(ranks, rounds, known)
