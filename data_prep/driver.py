@@ -53,6 +53,7 @@ class StageResources:
 # Decoder and encoder run on one thread; whoever packs waits for the disk most of the time.
 ITEM_RESOURCES = StageResources(num_cpus=1)
 SHARD_RESOURCES = StageResources(num_cpus=0.5)
+_STOPPING = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Stopped(KeyboardInterrupt):
@@ -84,22 +85,25 @@ def run_shards(ray: ModuleType, jobs: Iterator[ShardJob], on_done: Callable[[int
 
 
 @contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
+def stopped_by_signal() -> Iterator[None]:
     """Ray's own handler ends the process on the spot and leaves its files behind.
 
     Raises:
-        Stopped: On SIGTERM; a Ctrl-C is the KeyboardInterrupt it always is.
+        Stopped: On SIGTERM, or SIGUSR2, by which a job is warned of its time limit; a Ctrl-C is the
+            KeyboardInterrupt it always is.
     """
     received: list[int] = []
 
     def stop(*signal_and_frame: Any) -> None:
         received.append(signal_and_frame[0])
+        for number in _STOPPING:
+            signal.signal(number, signal.SIG_IGN)  # reminders must not tear what is in order
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
         yield
     except KeyboardInterrupt as error:
@@ -108,7 +112,9 @@ def stopped_by_sigterm() -> Iterator[None]:
             raise Stopped from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if not received:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class _Crew(Generic[Job, Result]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from data_prep.driver import Workers, run_items, stopped_by_sigterm
+from data_prep.driver import Workers, run_items, stopped_by_signal
 from data_prep.item import ItemDone, ItemJob
 from data_prep.kinds.opening import open_sources
 from data_prep.ledger import FOLDER
@@ -76,7 +76,7 @@ def estimate(
         drawn = pile.drawn_from(found)
         if pile.num_sources == 0:
             raise nothing_found(inputs.arguments, others.total())
-        with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_sigterm():
+        with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_signal():
             num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
             tried = _tried(ray, drawn, settings, watch)
     scale = pile.todo_bytes / max(1, sum(source.num_bytes for source in drawn))

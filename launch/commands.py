@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from launch.request import Request, prepare
 from launch.slurm import render
-from launch.submit import submit, try_out
+from launch.submit import by_hand, submit, try_out
 from pipeline.errors import ExitCode, UsageError
 
 Words = Annotated[
@@ -56,6 +56,7 @@ def slurm(
     text = render(prepared.job, prepared.site, after=waits)
     if print:
         sys.stdout.write(text)
+        sys.stderr.write(by_hand(prepared.job, words) + "\n")
         return ExitCode.DONE
     if dry_run:
         sys.stdout.write(try_out(text) + "\n")

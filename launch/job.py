@@ -6,12 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import UsageError
+from pipeline.errors import ExitCode, UsageError
 
 Kind = Literal["train", "prep", "probe", "conduct"]
 # What Slurm, Kubernetes and DNS all accept as a part of their names, dots and case aside.
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 VARIABLE_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+NEVER_AGAIN = (
+    ExitCode.USAGE,
+    ExitCode.DATA,
+    ExitCode.CONFIG,
+    ExitCode.NUMERICS,
+    ExitCode.NO_PROGRESS,
+)
+"""What no further start mends: schedulers are told to leave such a job ended."""
 EACH = "{}"
 """Stands in a job's words for what differs between the jobs of an array."""
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?")

@@ -4,19 +4,21 @@ The default is a JobSet: all pods start together, and all start again when one i
 others of a sharded run are of no use without it. Beside it stand the same run as an Indexed Job
 (where a cluster has no custom resources), as Kubeflow's TrainJob, and jobs on Ray as RayJobs.
 
-Exit codes decide: 78 (configuration) and 93 (no progress) end a job for good, a disruption starts
-it again uncounted, all else starts it again and is counted. 75 has no rule of its own: it is what
-survivors of a crash end with as well, and a crash must be counted.
+Exit codes decide: those that no further start mends end a job for good, a disruption starts it
+again uncounted, all else starts it again and is counted. 75 has no rule of its own: it is what
+survivors of a crash end with as well, and a crash must be counted. The pods of a run that was
+stopped on purpose end with 0 (`launch.stopped`).
 """
 
-from launch.job import JobSpec
-from launch.k8s_pods import config_map, labels, pod_spec, train_command
+from collections.abc import Sequence
+
+from launch.job import NEVER_AGAIN, JobSpec
+from launch.k8s_pods import config_map, labels, pod_spec, told_when_ended, train_command
 from launch.k8s_rayjob import ray_jobs
 from launch.k8s_text import Object, object_name, to_yaml, variables
 from launch.site import KubernetesSite, Site
-from pipeline.errors import ExitCode, UsageError
+from pipeline.errors import UsageError
 
-NEVER_AGAIN = (int(ExitCode.CONFIG), int(ExitCode.NO_PROGRESS))
 _RUNNING = ("JobSet", "TrainJob", "RayJob", "Job")
 _PART = "node"
 _QUEUE = "kueue.x-k8s.io/queue-name"
@@ -51,9 +53,14 @@ def objects(job: JobSpec, site: Site) -> list[Object]:
     return made
 
 
-def main_object(made: list[Object]) -> Object:
-    """The one that runs: what is watched and deleted."""
-    return next(one for one in made if one["kind"] in _RUNNING)
+def main_objects(made: Sequence[Object]) -> list[Object]:
+    """Those that run: what is watched and deleted; one, or of an array one for each value."""
+    return [one for one in made if one["kind"] in _RUNNING]
+
+
+def is_queued(one: Object) -> bool:
+    """Whether Kueue suspends and admits it."""
+    return _QUEUE in one["metadata"]["labels"]
 
 
 def job_set(job: JobSpec, site: Site, name: str) -> Object:
@@ -88,7 +95,7 @@ def _gang(job: JobSpec, site: Site, name: str, pod: Object) -> Object:
 
 def _rules() -> list[Object]:
     """The first that matches counts; none: restart, counted. They read the controller's words."""
-    codes = "|".join(map(str, NEVER_AGAIN))
+    codes = "|".join(str(int(code)) for code in NEVER_AGAIN)
     return [
         {
             "name": "neveragain",
@@ -107,7 +114,11 @@ def _rules() -> list[Object]:
 
 def _job_spec(job: JobSpec, pod: Object, *, backoff_limit: int, disrupted: str) -> Object:
     container = pod["spec"]["containers"][0]["name"]
-    codes = {"containerName": container, "operator": "In", "values": list(NEVER_AGAIN)}
+    codes = {
+        "containerName": container,
+        "operator": "In",
+        "values": [int(code) for code in NEVER_AGAIN],
+    }
     return {
         "completionMode": "Indexed",
         "completions": job.nodes,
@@ -198,6 +209,8 @@ def _train_pod(job: JobSpec, site: Site, name: str, *, first: str | None) -> Obj
     # Kubeflow puts its variables into the container that is called as the part is.
     container = "train" if first else _PART
     spec = pod_spec(job, site, container=container, command=train_command(job, site))
+    (main,) = spec["containers"]
+    main["lifecycle"] = told_when_ended()
     if first:
         place = {
             "JEPA_NODES": str(job.nodes),
@@ -206,7 +219,6 @@ def _train_pod(job: JobSpec, site: Site, name: str, *, first: str | None) -> Obj
             "MASTER_PORT": str(site.k8s.port),
         }
         _must_be_free(job, place)
-        (main,) = spec["containers"]
         main["env"] = [*variables(place), *main["env"]]
     metadata: Object = {"labels": labels(name)}
     if site.k8s.topology:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from launch.commands import Flags, JsonFlag, Words
 from launch.k8s import objects
-from launch.k8s_submit import submit, try_out, with_measured_grace
+from launch.k8s_submit import submit, try_out
 from launch.k8s_text import to_yaml
 from launch.request import Request, prepare
 from pipeline.errors import ExitCode, UsageError
@@ -34,8 +34,7 @@ def k8s(
     if not words:
         raise UsageError("expected CONFIG, or with --kind the words of that verb, got nothing")
     prepared = prepare(words, request or Request())
-    job = with_measured_grace(prepared.job)
-    made = objects(job, prepared.site)
+    made = objects(prepared.job, prepared.site)
     text = to_yaml(made)
     if print:
         sys.stdout.write(text)
@@ -43,7 +42,7 @@ def k8s(
     if dry_run:
         sys.stdout.write(try_out(text) + "\n")
         return ExitCode.DONE
-    submitted = submit(job, made, text)
+    submitted = submit(prepared.job, made, text)
     shown = json_text.dumps(asdict(submitted.record), indent=2) if json else submitted.words
     sys.stdout.write(shown + "\n")
     return ExitCode.DONE

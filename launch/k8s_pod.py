@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one pod to its end.
 
     Returns:
-        What the pod's ranks said; 76 if the first pod's name is never known; the code of
-        `jepa check` if the machine is refused; 128 + n if signal n came before any rank.
+        What the pod's ranks said, but 0 if the run was stopped on purpose; 76 if the first pod's
+        name is never known; the code of `jepa check` if the machine is refused; 128 + n if signal n
+        came before any rank.
     """
     for number in _SIGNALS:
         signal.signal(number, _end_early)
@@ -139,9 +140,14 @@ def _check(node: Node, options: Options) -> int:
 
 def _run(node: Node, options: Options) -> int:
     from launch.local import run_node  # noqa: PLC0415 - imports torch: we must listen before
+    from launch.stopped import is_stopped_for_good  # noqa: PLC0415 - likewise
 
     arguments = ["-m", "pipeline.cli", *options.words]
-    return run_node(arguments, node=node, run_dir=options.run_dir)
+    code = run_node(arguments, node=node, run_dir=options.run_dir)
+    if code == ExitCode.SAVED_RUN_AGAIN and is_stopped_for_good(options.run_dir):
+        sys.stderr.write("stopped by `jepa stop` or the run's own time limit: not started again\n")
+        return ExitCode.DONE
+    return code
 
 
 def _end_early(number: int, _frame: FrameType | None) -> None:

@@ -13,6 +13,9 @@ from launch.site import Site
 from pipeline.errors import UsageError
 
 CONFIG_DIR = "/etc/jepa"
+# Left when the cluster ends a pod, not when its process ends by itself: `kubectl describe pod`
+# shows it where otherwise the last lines of the log stand.
+_WHEN_ENDED = "the cluster ends this pod: deleted, paused, preempted, evicted or drained"
 CONFIG_KEY = "run.yaml"
 SCRATCH = "/scratch"
 _CONFIG_BYTES = 900_000
@@ -70,6 +73,12 @@ def pod_spec(job: JobSpec, site: Site, *, container: str, command: list[str]) ->
     return spec
 
 
+def told_when_ended() -> Object:
+    """A hook that leaves a word on who ended the pod; the run hears of it by SIGTERM."""
+    command = ["sh", "-c", f"echo '{_WHEN_ENDED}' >/dev/termination-log"]
+    return {"preStop": {"exec": {"command": command}}}
+
+
 def restricted() -> Object:
     """Security context of a container."""
     return {
@@ -125,6 +134,7 @@ def _container(job: JobSpec, site: Site, name: str, command: list[str]) -> Objec
         "workingDir": k8s.work_dir,
         "command": [kept(word) for word in command],
         "env": _environment(job),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         **({"envFrom": [{"secretRef": {"name": s}} for s in k8s.secrets]} if k8s.secrets else {}),
         "resources": _resources(job, site),
         "securityContext": restricted(),

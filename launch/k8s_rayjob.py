@@ -36,7 +36,8 @@ def _one(job: JobSpec, site: Site, name: str) -> list[Object]:
         ranks = job.nodes * job.ranks_per_node
         gpus = [] if job.gpus_per_node else ["--cpus-only"]
         overrides = [word for word in words[1:] if not word.startswith("-")]
-        words = ["launch", "ray", *overrides, "--ranks", str(ranks), "--address", "auto", *gpus]
+        flags = ["--ranks", str(ranks), "--address", "auto", *gpus, "--stopped-is-done"]
+        words = ["launch", "ray", *overrides, *flags]
     return [config_map(job, name, words), _ray_job(job, site, name)]
 
 

@@ -1,26 +1,22 @@
 """Hands a job's objects to Kubernetes, and writes down what was handed over."""
 
-import math
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.job import JobSpec
-from launch.k8s import main_object
+from launch.k8s import is_queued, main_objects
 from launch.k8s_text import Object
 from pipeline.errors import StorageError, UsageError
 from pipeline.files import write_atomically
 from pipeline.track.jobs import JobRecord, record_job
-from pipeline.track.metrics import read_events
 
 _KUBECTL_SECONDS = 120.0
 _CLIENT_LOG = re.compile(r"[EWI]\d{4} ")
-# One step, and what ending takes: as the site's own figure is meant.
-_BESIDE_SAVE_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +24,8 @@ class Submitted:
     """Objects in the cluster's hands."""
 
     record: JobRecord
+    pause: str
+    """Command that ends its pods and keeps the job; empty for an array."""
 
     @property
     def words(self) -> str:
@@ -38,19 +36,8 @@ class Submitted:
             f"log      {record.log}\n"
             f"objects  {record.script}\n"
             f"watch    {record.watch}\n"
-            f"stop     {record.stop}\n"
-            f"pause    {pause_command(record)}"
+            f"stop     {record.stop}" + (f"\npause    {self.pause}" if self.pause else "")
         )
-
-
-def with_measured_grace(job: JobSpec) -> JobSpec:
-    """The job with at least as much grace as the longest save that its run has told of."""
-    if job.run_dir is None or not (job.run_dir / "events.jsonl").is_file():
-        return job
-    told = (event.details.get("behind_seconds") for event in read_events(job.run_dir))
-    longest = max((float(said) for said in told if isinstance(said, int | float)), default=0.0)
-    needed = math.ceil(longest) + _BESIDE_SAVE_SECONDS if longest else 0
-    return replace(job, grace_seconds=max(job.grace_seconds, needed))
 
 
 def submit(job: JobSpec, made: Sequence[Object], text: str) -> Submitted:
@@ -66,7 +53,7 @@ def submit(job: JobSpec, made: Sequence[Object], text: str) -> Submitted:
         StorageError: The run's folder cannot be written to.
     """
     _must_have_kubectl()
-    _must_be_new(main_object(list(made)))
+    _must_be_new(main_objects(made))
     folder = job.run_dir or job.work_dir
     path = folder / "jobs" / f"{job.name}-{job.kind}.k8s.yaml"
     try:
@@ -75,34 +62,54 @@ def submit(job: JobSpec, made: Sequence[Object], text: str) -> Submitted:
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
     _kubectl(["apply", "--filename", str(path)])
-    record = record_of(job, list(made), path)
+    record = record_of(job, made, path)
     record_job(folder, record)
-    return Submitted(record=record)
+    return Submitted(record=record, pause=pause_command(made))
 
 
-def record_of(job: JobSpec, made: list[Object], path: Path) -> JobRecord:
+def record_of(job: JobSpec, made: Sequence[Object], path: Path) -> JobRecord:
     """What is written down of a submission."""
-    main = main_object(made)
-    name, kind = main["metadata"]["name"], main["kind"].lower()
-    kubectl = f"kubectl --namespace {main['metadata']['namespace']}"
+    main = main_objects(made)
+    names, kind = [one["metadata"]["name"] for one in main], main[0]["kind"].lower()
+    kubectl = _kubectl_in(main[0])
+    mine = f"app.kubernetes.io/instance={names[0]}"
+    if len(names) > 1:
+        mine = f"'app.kubernetes.io/instance in ({','.join(names)})'"
     return JobRecord(
         scheduler="k8s",
-        id=f"{kind}/{name}",
+        id=f"{kind}/{names[0]}" + (f" to {names[-1]}" if len(names) > 1 else ""),
         name=job.name,
         kind=job.kind,
         submitted=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        log=f"{kubectl} logs --selector app.kubernetes.io/instance={name} --all-containers "
-        "--prefix --tail -1",
-        watch=f"{kubectl} get {kind}/{name},pods --selector app.kubernetes.io/instance={name}",
-        stop=f"{kubectl} delete {kind}/{name}",
+        log=f"{kubectl} logs --selector {mine} --all-containers --prefix --tail -1",
+        watch=f"{kubectl} get {kind},pods --selector {mine}",
+        stop=f"{kubectl} delete {' '.join(f'{kind}/{name}' for name in names)}",
         script=str(path),
     )
 
 
-def pause_command(record: JobRecord) -> str:
-    """Ends a job's pods in good order and keeps the job, to be let go on later."""
-    patch = '{"spec":{"suspend":true}}'
-    return record.stop.replace(" delete ", " patch ") + f" --type merge --patch '{patch}'"
+def pause_command(made: Sequence[Object]) -> str:
+    """Ends a job's pods in good order and keeps the job, to be let go on later.
+
+    A job that Kueue has admitted would be let go on at once: there its Workload is paused.
+    """
+    main, *more = main_objects(made)
+    if more:
+        return ""
+    kubectl, name = _kubectl_in(main), f"{main['kind'].lower()}/{main['metadata']['name']}"
+    if not is_queued(main):
+        patch = '{"spec":{"suspend":true}}'
+        return f"{kubectl} patch {name} --type merge --patch '{patch}'"
+    patch, uid = (
+        '{"spec":{"active":false}}',
+        f"{kubectl} get {name} --output jsonpath={{.metadata.uid}}",
+    )
+    found = f"{kubectl} get workloads --selector kueue.x-k8s.io/job-uid=$({uid}) --output name"
+    return f"{kubectl} patch $({found}) --type merge --patch '{patch}'"
+
+
+def _kubectl_in(one: Object) -> str:
+    return f"kubectl --namespace {one['metadata']['namespace']}"
 
 
 def try_out(text: str) -> str:
@@ -123,16 +130,16 @@ def _must_have_kubectl() -> None:
         )
 
 
-def _must_be_new(main: Object) -> None:
+def _must_be_new(main: Sequence[Object]) -> None:
     """Applied to an ended job of the same name, the same objects would change and start nothing."""
-    where = ["--namespace", main["metadata"]["namespace"]]
-    name = f"{main['kind'].lower()}/{main['metadata']['name']}"
-    found = _kubectl(["get", name, *where, "--ignore-not-found", "--output", "name"])
-    if found.strip():
+    where = ["--namespace", main[0]["metadata"]["namespace"]]
+    names = [f"{one['kind'].lower()}/{one['metadata']['name']}" for one in main]
+    found = _kubectl(["get", *names, *where, "--ignore-not-found", "--output", "name"]).split()
+    if found:
         raise UsageError(
-            f"{name} is already there, running, paused or ended",
-            remedy=f"`kubectl {' '.join(where)} delete {name}` first; the run's checkpoints stay, "
-            "and the new job continues from them.",
+            f"{', '.join(found)} is already there, running, paused or ended",
+            remedy=f"`kubectl {' '.join([*where, 'delete', *found])}` first; the run's checkpoints "
+            "stay, and the new job continues from them.",
         )
 
 

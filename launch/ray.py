@@ -6,8 +6,8 @@ itself: Ray calls it in a thread, where Python takes no signals, and turns exit 
 exceptions. So the loop never imports Ray, and its losses are those of every other launcher.
 
 What Ray calls a failure is mapped to our resume: ranks that failed are started again with
-`--or-resume` while Ray's failure policy permits; codes that say `never again` (78, 93) and
-`saved` (75) are results, not failures.
+`--or-resume` while Ray's failure policy permits; codes that say `never again` (78, 93 and others)
+and `saved` (75) are results, not failures.
 """
 
 import os
@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from launch.job import NEVER_AGAIN
+from launch.stopped import is_stopped_for_good
 from pipeline.cluster import local_ray
 from pipeline.config.load import load_config
 from pipeline.environment import free_port
@@ -32,10 +34,7 @@ from pipeline.track.folder import STOP_FILE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_SECONDS = 0.5
-_NOT_FAILED = (
-    *(ExitCode.DONE, ExitCode.SAVED_RUN_AGAIN),
-    *(ExitCode.CONFIG, ExitCode.NO_PROGRESS, ExitCode.USAGE),
-)
+_NOT_FAILED = (ExitCode.DONE, ExitCode.SAVED_RUN_AGAIN, *NEVER_AGAIN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +52,9 @@ class RayWish:
     """Processors of each rank."""
     max_failures: int = 3
     """Starts after a failure; what the run saved is not done again."""
+    stopped_is_done: bool = False
+    """End with 0, not 75, if `jepa stop` or the run's own time limit ended it: for schedulers that
+    start again whatever ended otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +167,9 @@ def _fit(run: RunConfig, rank: RankWords, wish: RayWish, *, use_gpu: bool) -> in
             if told:
                 # Again and again: a run that is just starting takes an old one away.
                 stop_file.touch()
-    return fitting.code()
+    code = fitting.code()
+    is_wanted = wish.stopped_is_done and code == ExitCode.SAVED_RUN_AGAIN and not told
+    return ExitCode.DONE if is_wanted and is_stopped_for_good(run.run_dir) else code
 
 
 class _Fit(threading.Thread):

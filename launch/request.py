@@ -1,8 +1,9 @@
 """From what a person asks for on the command line, and what the site file says, to a job."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.job import EACH, JobSpec, Kind, parse_duration
@@ -11,9 +12,12 @@ from pipeline.config.load import load_config, resolved_yaml
 from pipeline.config.report import changes
 from pipeline.errors import ConfigError, UsageError
 from pipeline.run import RunConfig
-from pipeline.track.folder import CONFIG_FILE
+from pipeline.track.folder import CONFIG_FILE, EVENTS_FILE
+from pipeline.track.metrics import read_events
 
 _VERBS: Mapping[Kind, str] = {"prep": "prep", "probe": "probe", "conduct": "conduct"}
+# One step, and what ending takes: as the site's own figure is meant.
+_BESIDE_SAVE_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +73,7 @@ def prepare(words: Sequence[str], request: Request) -> Prepared:
     """
     site = find_site(request.site, (*request.set, *_flags(request)))
     if request.kind == "train":
-        return Prepared(job=_train_job(words, request, site), site=site)
+        return Prepared(job=with_measured_grace(_train_job(words, request, site)), site=site)
     return Prepared(job=_side_job(words, request, site), site=site)
 
 
@@ -81,6 +85,16 @@ def fitting_nodes(config: RunConfig, ranks_per_node: int, most: int) -> tuple[in
         for nodes in range(1, most + 1)
         if all(batch % (size * ranks_per_node * nodes) == 0 for size in sizes)
     )
+
+
+def with_measured_grace(job: JobSpec) -> JobSpec:
+    """The job with at least as much grace as the longest save that its run has told of."""
+    if job.run_dir is None or not (job.run_dir / EVENTS_FILE).is_file():
+        return job
+    told = (event.details.get("behind_seconds") for event in read_events(job.run_dir))
+    longest = max((float(said) for said in told if isinstance(said, int | float)), default=0.0)
+    needed = math.ceil(longest) + _BESIDE_SAVE_SECONDS if longest else 0
+    return replace(job, grace_seconds=max(job.grace_seconds, needed))
 
 
 def _train_job(words: Sequence[str], request: Request, site: Site) -> JobSpec:

@@ -11,20 +11,15 @@ say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$job" "$((attempt 
 # Both from the first line on: untrapped, either would end this script before the ranks have saved.
 warned=0 ended=0 ranks='' reminder=''
 trap 'warned=1; say "asked to save: the time limit is near"; remind' USR2
-trap 'ended=1; say "ended by Slurm: cancelled, preempted, requeued, or a node is lost"; shrink' TERM
+# Ignored from then on: Slurm repeats it, and sends it to what `shrink` starts as well.
+trap 'trap "" TERM; ended=1; say "ended by Slurm: cancelled, preempted, requeued, out of time, or a node is lost"; shrink' TERM
 
 records=$run_dir/jobs
 state=$records/$job.failures    # failures in a row, and the checkpoint step they were counted at
 bad_nodes=$records/$job.bad-nodes
-mkdir -p "$records" || exit 74
-touch "$records/$job.started"
-
-# An array's job has a value of its own; in its words {} stands for it.
-if [ ${#each[@]} -gt 0 ]; then
-  value=${each[${SLURM_ARRAY_TASK_ID:-0}]}
-  # Quoted, or bash 5.2 takes an & in the value for what was matched.
-  for at in "${!command[@]}"; do command[at]=${command[at]//'{}'/"$value"}; done
-fi
+excluded=$records/$job.excluded    # nodes that were left out before
+started=$records/$job.started
+trains=0; case $launcher in srun | torchrun) trains=1 ;; esac
 
 # The largest number of nodes, up to $1, that shares the global batch evenly; 0 if none does.
 fitting() {
@@ -58,30 +53,6 @@ shrink() {
   done
   say "lost $down node(s); to go on with fewer: scontrol update JobId=$target NumNodes=$fit NumTasks=$((fit * tasks_per_node))"
 }
-
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-num_nodes=$(fitting ${#hosts[@]})
-if [ "$num_nodes" = 0 ]; then
-  say "no number of nodes up to ${#hosts[@]} shares the global batch evenly: ${node_counts[*]}"
-  exit 78
-fi
-list=$(IFS=,; printf %s "${hosts[*]:0:num_nodes}")
-say "runs on $num_nodes of ${#hosts[@]} nodes: $list"
-
-setup
-
-# Ports and meeting point from the job's number: two jobs on one node never meet.
-export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + job % 20000))
-# Lines in the log at once; --unbuffered would make srun's output a terminal, with colours and bars.
-export PYTHONUNBUFFERED=1
-# A folder of this start alone: an operator's build that was killed leaves a lock behind, for
-# which the next one would wait for ever.
-own=$scratch/jepa-$job.$attempt
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$own/torch_extensions}
-if [ -z "${SLURM_JOB_END_TIME:-}" ]; then    # not told by Slurm before 23.02
-  ends=$(date -d "$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null)" +%s 2>/dev/null)
-  if [ -n "$ends" ]; then export SLURM_JOB_END_TIME=$ends; fi
-fi
 
 # What every task begins with. A signal that is ignored stays so over exec: a warning that comes
 # while Python still imports kills nobody. exec: no shell stands between Slurm and the rank.
@@ -132,7 +103,7 @@ final_code() {
   for final in 78 93 79 65 2; do
     if [ "$code" = "$final" ]; then echo "$final"; return; fi
     for word in "$run_dir"/faults/fault-*.json; do
-      if [ "$word" -nt "$records/$job.started" ] \
+      if [ "$word" -nt "$started" ] \
         && grep -qE "\"exit_code\": ${final}[,}]" "$word"; then echo "$final"; return; fi
     done
   done
@@ -145,11 +116,35 @@ tidy() {
     --ntasks-per-node=1 rm -rf -- "$own" || say "$own is left on a node"
 }
 
+finish() { tidy; exit "$1"; }
+
+# Back into the queue, or out with code $1. Not once Slurm has ended the job: that would bring a
+# cancelled one back. A controller that is away for a while is no reason to lose the job.
+put_back() {
+  local answer='' _
+  for _ in {1..30}; do
+    if [ "$ended" = 1 ]; then exit "$1"; fi
+    if answer=$(scontrol requeue "$target" 2>&1); then return; fi
+    case $answer in
+      *contact* | *onnect* | *timed\ out*) say "the controller does not answer: $answer" ;;
+      *) break ;;
+    esac
+    sleep 10 & wait $!
+  done
+  if [ "$ended" = 1 ]; then exit "$1"; fi
+  say "this cluster refuses to requeue; submit the job again: $answer"
+  exit "$1"
+}
+
 requeue() {
   say "$1: back into the queue"
   tidy
-  scontrol requeue "$target" || { say "this cluster refuses to requeue; submit the job again"; exit "$2"; }
-  sleep 60 & wait $!
+  put_back "$2"
+  # Slurm's TERM comes now, for which `shrink` may have to be there; it may have come already.
+  for _ in {1..60}; do
+    if [ "$ended" = 1 ]; then break; fi
+    sleep 1 & wait $!
+  done
   exit "$2"
 }
 
@@ -158,12 +153,16 @@ again_or_give_up() {
   local code=$1 failures=0 step=-1 now
   if [ -e "$state" ]; then read -r failures step <"$state"; fi
   now=$(newest_step)
+  if [ "$ended" = 1 ]; then exit "$code"; fi    # it may have ended what counts as well
   if [ "$now" -gt "$step" ]; then failures=0; fi
   failures=$((failures + 1))
-  echo "$failures $now" >"$state"
+  if ! echo "$failures $now" >"$state"; then    # a full disk: uncounted, it would fail for ever
+    say "failures cannot be counted in $state: giving up, code $code"
+    finish "$code"
+  fi
   if [ "$failures" -gt "$max_failures" ]; then
     say "failed $failures times since step $now: giving up, code $code"
-    exit "$code"
+    finish "$code"
   fi
   requeue "failure $failures of $max_failures since step $now, code $code" "$code"
 }
@@ -172,14 +171,16 @@ again_or_give_up() {
 # stop in good order, would be started again for ever.
 saved() {
   local stop left
-  stop=$(grep '"name": "stop"' "$run_dir/events.jsonl" 2>/dev/null | tail -n 1)
-  left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))
-  if [ -e "$run_dir/stop" ]; then say "stopped by \`jepa stop\`"; exit 75; fi
-  if [[ $stop == *"the time limit is near"* ]] && [ "$left" -gt $((2 * grace_seconds)) ]; then
-    say "stopped by stop.at or stop.max_hours of its configuration"; exit 75
-  fi
-  if grep -qs '"is_done": false' "$run_dir/rewinds.json"; then    # limited by the run itself
-    requeue "going back to an older step, after a spike" 75
+  if [ "$trains" = 1 ]; then    # what works beside a run stops and goes on for itself
+    stop=$(grep '"event": "stop"' "$run_dir/events.jsonl" 2>/dev/null | tail -n 1)
+    left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))
+    if [ -e "$run_dir/stop" ]; then say "stopped by \`jepa stop\`"; finish 75; fi
+    if [[ $stop == *"the time limit is near"* ]] && [ "$left" -gt $((2 * grace_seconds)) ]; then
+      say "stopped by stop.at or stop.max_hours of its configuration"; finish 75
+    fi
+    if grep -qs '"is_done": false' "$run_dir/rewinds.json"; then    # limited by the run itself
+      requeue "going back to an older step, after a spike" 75
+    fi
   fi
   if [ "$warned" = 1 ] || [ "$(newest_step)" -gt "$first_step" ]; then
     requeue "saved at step $(newest_step)" 75
@@ -189,15 +190,22 @@ saved() {
 
 # Takes the nodes that failed the checks out of this job, for all its further starts.
 exclude_bad_nodes() {
-  local bad before all
+  local bad before all _
   bad=$(paste -sd, "$bad_nodes")
+  if grep -qsxFf "$bad_nodes" "$excluded" || ! cat "$bad_nodes" >>"$excluded"; then
+    say "bad: $bad, and leaving them out did not help"
+    again_or_give_up 76
+  fi
   before=$(scontrol show job "$target" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
   all=$bad; if [ -n "$before" ] && [ "$before" != "(null)" ]; then all=$before,$bad; fi
   say "bad: $bad; queued again without them"
   # Only a job that waits may be changed. It does not start again before this script is over; not
   # held, because Slurm may hold it once more after the release, and then nobody lets it go.
-  scontrol requeue "$target" || exit 76
-  until scontrol update JobId="$target" ExcNodeList="$all"; do sleep 1 & wait $!; done
+  put_back 76
+  for _ in {1..25}; do    # then Slurm kills this script, and the next start counts
+    if scontrol update JobId="$target" ExcNodeList="$all"; then break; fi
+    sleep 1 & wait $!
+  done
   exit 76
 }
 
@@ -222,6 +230,52 @@ SHIM
   chmod 755 "$records/$job.bin/ray"
 }
 
+mkdir -p "$records" || exit 74
+# Asked for since the last start began, when nobody was there to obey.
+if [ "$trains" = 1 ] && [ -e "$started" ] && [ "$run_dir/stop" -nt "$started" ]; then
+  say "stopped by \`jepa stop\` before it began"
+  exit 75
+fi
+touch "$started"
+
+# An array's job has a value of its own; in its words {} stands for it.
+if [ ${#each[@]} -gt 0 ]; then
+  value=${each[${SLURM_ARRAY_TASK_ID:-0}]}
+  # Quoted, or bash 5.2 takes an & in the value for what was matched.
+  for at in "${!command[@]}"; do command[at]=${command[at]//'{}'/"$value"}; done
+fi
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_nodes=$(fitting ${#hosts[@]})
+if [ "$num_nodes" = 0 ]; then
+  say "no number of nodes up to ${#hosts[@]} shares the global batch evenly: ${node_counts[*]}"
+  exit 78
+fi
+list=$(IFS=,; printf %s "${hosts[*]:0:num_nodes}")
+say "runs on $num_nodes of ${#hosts[@]} nodes: $list"
+
+# Environments that are loaded here seldom bear to be read with every variable declared.
+set +u; setup || say "setup ended with code $?"; set -u
+
+# Ports and meeting point from the job's number: two jobs on one node never meet. Below 32768,
+# from where on the kernel hands out ports to anybody.
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + job % 12000))
+# A site's --export=NONE would leave the tasks without all that is set here.
+export SLURM_EXPORT_ENV=ALL
+# Lines in the log at once; --unbuffered would make srun's output a terminal, with colours and bars.
+export PYTHONUNBUFFERED=1
+# A folder of this start alone: an operator's build that was killed leaves a lock behind, for
+# which the next one would wait for ever.
+own=$scratch/jepa-$job.$attempt
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$own/torch_extensions}
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then    # not told by Slurm before 23.02
+  ends=$(squeue --noheader --jobs="$target" --format=%e 2>/dev/null)
+  # Of no answer `date` would make last midnight, and the run would stop at once.
+  if [ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null); then
+    export SLURM_JOB_END_TIME=$ends
+  fi
+fi
+
 if [ ${#preflight[@]} -gt 0 ]; then
   rm -f "$bad_nodes"
   step preflight 1 "${preflight[@]}" --bad-nodes "$bad_nodes"; code=$?
@@ -229,7 +283,7 @@ if [ ${#preflight[@]} -gt 0 ]; then
   if [ "$code" != 0 ]; then say "the checks before training ended with $code"; fi
   case $code in
     0) ;;
-    2 | 78) exit "$code" ;;
+    2 | 78) finish "$code" ;;
     *) if [ -s "$bad_nodes" ]; then exclude_bad_nodes; fi; again_or_give_up "$code" ;;
   esac
 fi
@@ -259,9 +313,9 @@ case $launcher in
 esac
 code=$?
 say "ended with $code"
-if [ "$code" = 0 ]; then rm -f "$state" "$records/$job.started"; tidy; exit 0; fi
+if [ "$code" = 0 ]; then rm -f "$state" "$started" "$excluded"; finish 0; fi
 if [ "$ended" = 1 ]; then exit "$code"; fi    # Slurm queues it again, or was told not to
 final=$(final_code "$code")
-if [ -n "$final" ]; then say "code $final: starting again cannot help"; exit "$final"; fi
+if [ -n "$final" ]; then say "code $final: starting again cannot help"; finish "$final"; fi
 if [ "$code" = 75 ]; then saved; fi
 again_or_give_up "$code"

@@ -1,5 +1,6 @@
 """Hands a rendered job to Slurm, and writes down what was handed over."""
 
+import shlex
 import shutil
 import subprocess
 import time
@@ -11,7 +12,7 @@ from launch.job import JobSpec
 from launch.slurm import log_path
 from pipeline.errors import StorageError, UsageError
 from pipeline.files import write_atomically
-from pipeline.track.jobs import JobRecord, record_job
+from pipeline.track.jobs import ALIVE, JobRecord, ask, read_jobs, record_job
 
 # A controller under load answers late; one that is down never does.
 _SBATCH_SECONDS = 120.0
@@ -46,10 +47,12 @@ def submit(job: JobSpec, text: str, *, after: Sequence[str] = ()) -> Submitted:
         after: What it waits for, already in `text`; for the record.
 
     Raises:
-        UsageError: There is no Slurm here, or it refused the job.
+        UsageError: There is no Slurm here, it refused the job, or the run has one already.
         StorageError: The run's folder cannot be written to.
     """
     _must_have_slurm()
+    if job.kind == "train" and not after:
+        _must_be_alone(job)
     script = _write(job, text)
     # %x, %j and so on stand in the directive; the numbers are known only now.
     job_id = _sbatch(["--parsable", str(script)]).strip().split(";")[0]
@@ -88,6 +91,32 @@ def _must_have_slurm() -> None:
             "sbatch is not on this machine, so no job can be submitted from here",
             remedy="Run this on a login node, or add --print and submit the file there.",
         )
+
+
+def by_hand(job: JobSpec, words: Sequence[str]) -> str:
+    """What a person does before handing the printed script to sbatch.
+
+    Slurm makes no folder for a log, and the job reads a configuration that nobody has frozen yet.
+    """
+    folder = (job.run_dir or job.work_dir) / "jobs"
+    steps = [shlex.join(["mkdir", "-p", str(folder)])]
+    if job.config_path is not None:
+        shown = shlex.join(["jepa", "config", "show", *words])
+        steps.append(f"{shown} > {shlex.quote(str(job.config_path))}")
+    return f"To submit the printed file by hand, first: {' && '.join(steps)}"
+
+
+def _must_be_alone(job: JobSpec) -> None:
+    """Of two jobs of one run the later one would wait for nothing but the other's lease."""
+    records = read_jobs(job.run_dir) if job.run_dir is not None else ()
+    for record in [one for one in records if (one.scheduler, one.kind) == ("slurm", "train")][-3:]:
+        state = ask(record).state
+        if state in ALIVE and state != "ending":
+            raise UsageError(
+                f"{job.run_dir} has a job already: {record.id} is {state}",
+                remedy=f"`{record.stop}` ends it; --after {record.id} or --after singleton queues "
+                "another one behind it.",
+            )
 
 
 def _write(job: JobSpec, text: str) -> Path:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pipeline.errors import ConfigError, UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Slurm hands out no port: one derived from the job id differs between jobs that share a node.
-_FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20_000, 20_000
+# Slurm hands out no port: one derived from the job id differs between jobs that share a node. From
+# 32768 on the kernel hands out ports to anybody.
+_FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20_000, 12_000
 # What other launchers tell their processes; with those alone each would believe to be the only one.
 _FOREIGN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _HOST_WORD = re.compile(r"([^\[\],]*)(?:\[([0-9,\-]+)\]([^\[\],]*))?(?:,|$)")

@@ -17,13 +17,51 @@ def lint(one: Object, *, longest_save_seconds: float = 60) -> list[str]:
     found = [*_names(one)]
     for job in inner_jobs(one) if one["kind"] in ("Job", "JobSet", "TrainingRuntime") else []:
         found += _job(job, is_counted=one["kind"] != "TrainingRuntime")
+        found += _disruption(job, is_gang=one["kind"] != "Job")
     for template in pod_templates(one):
         found += [*_pod(template["spec"]), *restricted(template["spec"])]
         if one["kind"] != "RayJob":
             found += _training(template["spec"], longest_save_seconds)
     if one["kind"] in ("JobSet", "TrainingRuntime"):
         found += _gang(one)
+    if one["kind"] in ("JobSet", "Job"):
+        found += _meeting(one)
     return found
+
+
+def lint_together(found: list[Object]) -> Iterator[str]:
+    """Names and labels by which objects of one job refer to each other."""
+    templates = [template for one in found for template in pod_templates(one)]
+    names = {(one["kind"], one["metadata"]["name"]) for one in found}
+    labelled = [template["metadata"]["labels"] for template in templates]
+    if not all(any(_is_guarded(has, one) for one in found) for has in labelled):
+        yield "pods of other jobs may reach a pod"
+    for template in templates:
+        for volume in template["spec"].get("volumes", []):
+            if "configMap" in volume and ("ConfigMap", volume["configMap"]["name"]) not in names:
+                yield f"there is no ConfigMap {volume['configMap']['name']}"
+    for one in found:
+        yield from _selected(one, labelled)
+        if one["kind"] == "Job":
+            subdomain = one["spec"]["template"]["spec"].get("subdomain")
+            if ("Service", subdomain) not in names:
+                yield f"no Service gives the pods names below {subdomain}"
+
+
+def _selected(one: Object, labelled: list[Object]) -> Iterator[str]:
+    if one["kind"] == "Service" and not one["spec"].get("publishNotReadyAddresses"):
+        yield "pods cannot find each other before they are ready"
+    if one["kind"] in ("Service", "NetworkPolicy"):
+        spec = one["spec"]
+        wanted = spec["selector"] if "selector" in spec else spec["podSelector"]["matchLabels"]
+        if not any(wanted.items() <= has.items() for has in labelled):
+            yield f"{one['kind']} {one['metadata']['name']} selects no pod"
+
+
+def _is_guarded(labels: Object, one: Object) -> bool:
+    if one["kind"] != "NetworkPolicy" or "Ingress" not in one["spec"]["policyTypes"]:
+        return False
+    return one["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
 
 
 def restricted(spec: Object) -> Iterator[str]:
@@ -83,6 +121,33 @@ def _job(job: Object, *, is_counted: bool) -> Iterator[str]:
         yield "completions are not parallelism: pods would wait for others that are not started"
 
 
+def _disruption(job: Object, *, is_gang: bool) -> Iterator[str]:
+    """A drain or preemption is nobody's fault, and two pods of one place would both write."""
+    actions = [
+        rule["action"]
+        for rule in job.get("podFailurePolicy", {}).get("rules", [])
+        if any(c["type"] == "DisruptionTarget" for c in rule.get("onPodConditions", []))
+    ]
+    if actions != ["FailJob" if is_gang else "Ignore"]:
+        yield f"a disruption is taken for a failure: {actions}"
+    if job.get("podReplacementPolicy") != "Failed":
+        yield "a pod that still saves would be replaced"
+
+
+def _meeting(one: Object) -> Iterator[str]:
+    """Whom the ranks look for, and how many they take themselves to be."""
+    (job,) = inner_jobs(one)
+    name, subdomain = one["metadata"]["name"], job["template"]["spec"].get("subdomain")
+    if one["kind"] == "JobSet":
+        (part,) = one["spec"]["replicatedJobs"]
+        name, subdomain = f"{name}-{part['name']}-0", one["spec"]["network"].get("subdomain")
+    env = {e["name"]: e.get("value") for e in job["template"]["spec"]["containers"][0]["env"]}
+    if env.get("MASTER_ADDR") != f"{name}-0.{subdomain}":
+        yield f"no pod is called {env.get('MASTER_ADDR')}"
+    if env.get("JEPA_NODES") != str(job.get("completions")):
+        yield f"{job.get('completions')} pods are told that they are {env.get('JEPA_NODES')}"
+
+
 def _failure_rule(rule: Object, containers: set[str]) -> Iterator[str]:
     if rule["action"] not in ("FailJob", "Ignore", "Count", "FailIndex"):
         yield f"no such action: {rule['action']}"
@@ -104,6 +169,16 @@ def _gang(one: Object) -> Iterator[str]:
     spec = one["spec"]["template"]["spec"] if one["kind"] == "TrainingRuntime" else one["spec"]
     parts = {part["name"] for part in spec["replicatedJobs"]}
     rules = spec.get("failurePolicy", {}).get("rules", [])
+    yield from _gang_rules(rules, parts)
+    if any(job.get("backoffLimit") != 0 for job in inner_jobs(one)):
+        yield "a lost pod must fail its Job, so that all start again"
+    if spec.get("failurePolicy", {}).get("restartStrategy") != "BlockingRecreate":
+        yield "new pods would write beside old ones that still save"
+    if not spec.get("network", {}).get("publishNotReadyAddresses"):
+        yield "pods cannot find each other before they are ready"
+
+
+def _gang_rules(rules: list[Object], parts: set[str]) -> Iterator[str]:
     names = [rule["name"] for rule in rules]
     if len(set(names)) != len(names):
         yield f"names of rules are not unique: {names}"
@@ -115,10 +190,6 @@ def _gang(one: Object) -> Iterator[str]:
         unknown = set(rule.get("targetReplicatedJobs", [])) - parts
         if unknown:
             yield f"no part is called {', '.join(unknown)}"
-    if any(job.get("backoffLimit") != 0 for job in inner_jobs(one)):
-        yield "a lost pod must fail its Job, so that all start again"
-    if not spec.get("network", {}).get("publishNotReadyAddresses"):
-        yield "pods cannot find each other before they are ready"
 
 
 def _pod(spec: Object) -> Iterator[str]:
@@ -139,8 +210,11 @@ def _pod(spec: Object) -> Iterator[str]:
         for key, value in limits.items():
             if "/" in key and requests.get(key, value) != value:
                 yield f"{key} must be requested as it is limited"
-    if spec.get("automountServiceAccountToken") is not False:
-        yield "the pod gets a token of the cluster that it does not need"
+    unasked = {
+        "automountServiceAccountToken": "the pod gets a token of the cluster that it does not need",
+        "enableServiceLinks": "a variable of some Service of the namespace might be one of ours",
+    }
+    yield from (fault for key, fault in unasked.items() if spec.get(key) is not False)
 
 
 def _training(spec: Object, longest_save_seconds: float) -> Iterator[str]:
@@ -156,6 +230,9 @@ def _training(spec: Object, longest_save_seconds: float) -> Iterator[str]:
             yield f"{_SHM} leaves {room:g} GiB of the pod's memory"
     if spec["terminationGracePeriodSeconds"] <= longest_save_seconds:
         yield "the grace period is shorter than the longest save"
+    hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+    if "/dev/termination-log" not in " ".join(hook):
+        yield "nothing tells an eviction from a fault afterwards"
     command = container.get("command", [])
     if command[:3] != ["python", "-m", "launch.k8s_pod"]:
         yield f"process 1 is not ours: {' '.join(command[:3])}"

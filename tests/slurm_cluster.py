@@ -96,14 +96,18 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Starts a cluster of a name of its own and stops it, whatever happens in between."""
+def running_cluster(**changes: str) -> Iterator[Cluster]:
+    """Starts a cluster of a name of its own and stops it, whatever happens in between.
+
+    `changes` are settings of slurm_local.sh, without their common beginning.
+    """
     name = f"jepa{uuid.uuid4().hex[:8]}"
     settings = {
         "SLURM_LOCAL_NAME": name,
         "SLURM_LOCAL_NODES": "10",
         "SLURM_LOCAL_CPUS": "8",
         "SLURM_LOCAL_EXTRA": PARTITIONS,
+        **{f"SLURM_LOCAL_{key}": value for key, value in changes.items()},
     }
     cluster = Cluster(name=name, env={**os.environ, **settings, "OMP_NUM_THREADS": "1"})
     try:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.k8s import NEVER_AGAIN
+from launch.job import NEVER_AGAIN
 from launch.k8s_files import FOLDER, rendered_files
 from launch.site import Site
 from pipeline.config.load import load_config
 from pipeline.errors import ExitCode
 from pipeline.run import RunConfig
-from tests.k8s_lint import lint, restricted
+from tests.k8s_lint import lint, lint_together, restricted
 from tests.k8s_objects import (
     NO_KUBECTL,
     NO_SCHEMAS,
@@ -59,6 +59,7 @@ def test_the_example_runs_are_configurations(name):
 def test_every_rendered_object_is_taken(way):
     found = rendered(way)
     assert len(found) >= 3
+    assert not list(lint_together(found))
     for one in found:
         assert not (lint(one) if one["kind"] in RUNNING else [])
         if one["kind"] in BUILT_IN or SCHEMAS:
@@ -127,6 +128,18 @@ BREAKAGES = [
     ("jobset", f"{JOB}.backoffLimit", 3, "lint"),
     ("jobset", f"{JOB}.completions", 3, "lint"),
     ("jobset", f"{JOB}.completionMode", "NonIndexed", "lint"),
+    ("jobset", f"{JOB}.podFailurePolicy.rules.1.action", "Ignore", "lint"),
+    ("jobset", f"{JOB}.podFailurePolicy.rules.1", None, "lint"),
+    ("indexed-job", "spec.podFailurePolicy.rules.1.action", "FailJob", "lint"),
+    ("jobset", f"{JOB}.podReplacementPolicy", "TerminatingOrFailed", "lint"),
+    ("jobset", "spec.failurePolicy.restartStrategy", "Recreate", "lint"),
+    ("jobset", "metadata.name", "another", "lint"),
+    ("jobset", "spec.network.subdomain", "another", "lint"),
+    ("indexed-job", "spec.template.spec.subdomain", "another", "lint"),
+    ("jobset", f"{POD}.containers.0.env.0.value", "3", "lint"),
+    ("jobset", f"{POD}.containers.0.env.1.value", "4", "lint"),
+    ("jobset", f"{POD}.containers.0.lifecycle", None, "lint"),
+    ("jobset", f"{POD}.enableServiceLinks", None, "lint"),
     ("jobset", "metadata.name", "a" * 55, "lint"),
     ("jobset", f"{POD}.volumes.0.name", "memory", "lint"),
     ("jobset", f"{POD}.volumes.0.emptyDir.medium", "", "lint"),
@@ -172,6 +185,24 @@ def test_a_broken_object_is_found_out(way, path, value, finder):
     assert (faults if finder == "schema" else lint)(broken), path
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("Service", "spec.selector", {"app.kubernetes.io/instance": "other"}),
+        ("Service", "metadata.name", "other"),
+        ("Service", "spec.publishNotReadyAddresses", False),
+        ("NetworkPolicy", "spec.podSelector.matchLabels", {"app.kubernetes.io/instance": "other"}),
+        ("NetworkPolicy", "spec.policyTypes", ["Egress"]),
+        ("ConfigMap", "metadata.name", "other"),
+    ],
+)
+def test_objects_that_do_not_fit_together_are_found_out(kind, path, value):
+    found = rendered("indexed-job")
+    broken = [with_change(one, path, value) if one["kind"] == kind else one for one in found]
+    assert broken != found
+    assert list(lint_together(broken)), path
+
+
 HOSTNAME = {"nodeLabel": "kubernetes.io/hostname"}
 
 
@@ -207,7 +238,7 @@ def test_every_pod_has_the_restricted_profile(way):
 
 
 def test_exit_codes_that_no_start_mends_end_a_job_and_no_others():
-    assert set(NEVER_AGAIN) == {ExitCode.CONFIG, ExitCode.NO_PROGRESS}
+    assert {int(code) for code in NEVER_AGAIN} == {2, 65, 78, 79, 93}
     policy = main_of("jobset")["spec"]["failurePolicy"]["rules"]
     said = "Container train for pod jepa/example-node-0-0-x failed with exit code {} matching {}"
     lost = "Pod jepa/example-node-0-1-x has condition DisruptionTarget matching FailJob rule"

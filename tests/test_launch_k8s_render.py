@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from launch.job import JobSpec
 from launch.k8s import objects, render
-from launch.k8s_submit import record_of, submit, try_out, with_measured_grace
+from launch.k8s_submit import pause_command, record_of, submit, try_out
 from launch.k8s_text import object_name, to_yaml
+from launch.request import with_measured_grace
 from launch.site import KubernetesSite, Site
 from pipeline.errors import UsageError
 from pipeline.track.jobs import ask, read_jobs

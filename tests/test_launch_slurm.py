@@ -17,6 +17,7 @@ from pipeline.cli import main
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, ExitCode, UsageError
 from pipeline.run import RunConfig
+from tests.slurm_cluster import LIMIT_SECONDS, running_cluster, skip_or_fail_without_slurm
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "slurm"
@@ -77,6 +78,24 @@ def test_the_shipped_file_is_what_is_rendered(name, pytestconfig):
         f"slurm/{name} is not what is rendered now; if that is meant: "
         "python -m tests.test_launch_slurm"
     )
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(LIMIT_SECONDS)
+def test_slurm_takes_every_shipped_file_and_refuses_what_cannot_be():
+    skip_or_fail_without_slurm()
+    names = ("gpu", "cpu", "boost")
+    big = {"NODES": "16", "CPUS": "96", "GPUS": "8", "GPU_TYPE": "a100", "MEMORY": "1600000"}
+    partitions = "\n".join(f"PartitionName={name} Nodes=node[1-16]" for name in names)
+    with running_cluster(**big, EXTRA=partitions) as cluster:
+        # What conduct-ray.sbatch waits for.
+        for _ in range(17):
+            cluster.run("sbatch", "--hold", "--output=/dev/null", "--wrap", "true")
+        for name in sorted(examples()):
+            cluster.run("sbatch", "--test-only", FILES / name)
+        for wrong in ("--partition=none", "--nodes=17", "--gpus-per-node=h100:8", "--time=soon"):
+            with pytest.raises(AssertionError, match=r"sbatch: error|allocation failure"):
+                cluster.run("sbatch", "--test-only", wrong, FILES / "train.sbatch")
 
 
 def test_no_other_batch_file_is_shipped():
@@ -201,7 +220,8 @@ def test_print_gives_the_file_and_touches_nothing(tmp_path, monkeypatch, capsys)
     words = ["launch", "slurm", ROOT / "pipeline/configs/tiny-cpu.yaml", "--print"]
     flags = ["--site", FILES / "site-cpu.yaml", "--ranks-per-node", "2", "--after", "afterany:7"]
     assert main([str(word) for word in [*words, *flags]]) == ExitCode.DONE
-    text = capsys.readouterr().out
+    text, told = capsys.readouterr()
+    assert f"mkdir -p {tmp_path}/runs/tiny-cpu/jobs && jepa config show" in told
     assert text.startswith("#!/bin/bash\n")
     assert "#SBATCH --dependency=afterany:7\n" in text
     assert text.endswith(BODY.read_text())

@@ -59,27 +59,46 @@ class Toys:
         """The rendered script with another command, as a person who edits it would submit it."""
         partition = changes.pop("partition", "toys")
         slurm = {"partition": partition, "exclusive": False, "max_failures": 1}
-        slurm |= {"launcher": changes.pop("launcher", "srun")}
+        slurm |= {"launcher": changes.pop("launcher", "srun"), "extra": changes.pop("extra", ())}
+        edits = {"lost_seconds=120": "lost_seconds=3", **changes.pop("edits", {})}
+        after = changes.pop("after", ())
         site = Site(
-            python=sys.executable, gpus_per_node=0, preflight=False, slurm=SlurmSite(**slurm)
-        )
+            python=sys.executable, gpus_per_node=0, cpus_per_rank=1, preflight=False,
+            slurm=SlurmSite(**slurm),
+        )  # fmt: skip
         run_dir = self.folder / name
         (run_dir / "jobs").mkdir(parents=True)
         settings = {"nodes": 2, "ranks_per_node": 1, "environment": {"PYTHONPATH": str(ROOT)}}
         job = JobSpec(
-            name=name, kind="train", argv=("toy",), work_dir=ROOT, run_dir=run_dir,
-            **{**settings, **changes},
+            name=name, argv=("toy",), work_dir=ROOT, run_dir=run_dir,
+            **{"kind": "train", **settings, **changes},
         )  # fmt: skip
         words = " ".join([sys.executable, "-m", "tests.workers.slurm_rank", *command])
-        text = render(job, site)
+        text = render(job, site, after=after)
         text = re.sub(r"(?m)^command=.*$", f"command=({words})", text)
-        text = text.replace("lost_seconds=120", "lost_seconds=3")
+        for old, new in edits.items():
+            assert old in text
+            text = text.replace(old, new)
         if preflight:
             checks = " ".join([sys.executable, "-m", "tests.workers.slurm_rank", *preflight])
             text = text.replace("preflight=()", f"preflight=({checks})")
         script = run_dir / "jobs" / "toy.sbatch"
         script.write_text(text)
         self.ids[name] = self.cluster.sbatch(script)
+
+
+def submit_more(toys: Toys) -> None:
+    """Jobs of one node that are looked at when they have ended."""
+    folder = toys.folder
+    wait = {"after": (f"afterok:{toys.ids['warned']}",)}
+    toys.submit("follower", "fine", nodes=1, extra=("--export=NONE",), **wait)
+    toys.submit("beside", "save", "0", f"{folder}/beside", nodes=1, kind="probe")
+    (folder / "beside" / "stop").touch()
+    for name in ("uncounted", "limited", "stopped"):
+        toys.submit(name, name, f"{folder}/{name}", nodes=1)
+    # The moment between the ranks' end and the requeue, made long enough to be met.
+    late = {"  tidy\n  put_back": "  sleep 20 & wait $!\n  put_back"}
+    toys.submit("late", "save", "0", f"{folder}/late", nodes=1, edits=late)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +121,7 @@ def toys(tmp_path_factory) -> Iterator[Toys]:
         )
         toys.submit("warned", "save", "0", f"{folder}/warned")
         toys.submit("cancelled", "save", "2", f"{folder}/cancelled")
+        submit_more(toys)
         # Now, since its save is what takes longest here.
         toys.wait_for_log("agent", "rank 3, start 0: listens")
         cluster.run("scancel", "--batch", "--signal=USR2", toys.ids["agent"])
@@ -192,3 +212,49 @@ def test_torchrun_hands_on_a_warning_waits_for_a_long_save_and_tells_75(toys):
 def test_torchrun_tells_the_code_of_the_rank_that_failed(toys):
     assert toys.end("agent-78") == ("FAILED", "78")
     assert "ended with 78" in toys.log("agent-78")
+
+
+def test_a_job_that_waits_for_a_run_does_not_start_between_its_starts(toys):
+    assert toys.end("warned") == ("COMPLETED", "0")
+    assert toys.end("follower") == ("COMPLETED", "0")
+    first, second = (toys.cluster.show(toys.ids[name]) for name in ("warned", "follower"))
+    assert first["EndTime"] <= second["StartTime"]
+
+
+def test_tasks_see_what_the_script_sets_although_the_site_exports_nothing(toys):
+    toys.end("follower")
+    assert re.search(r"rank 0, start 0: meets at node\d", toys.log("follower"))
+
+
+def test_work_beside_a_run_is_warned_and_goes_on_although_the_run_was_stopped(toys):
+    toys.wait_for_log("beside", "rank 0, start 0: listens")
+    toys.cluster.run("scancel", "--batch", "--signal=USR2", toys.ids["beside"])
+    assert toys.end("beside") == ("COMPLETED", "0")
+    assert "asked by SIGUSR2" in toys.log("beside")
+    assert toys.starts("beside") == 2
+
+
+def test_a_cancelled_job_stays_cancelled_although_it_was_about_to_queue_again(toys):
+    toys.wait_for_log("late", "rank 0, start 0: listens")
+    toys.cluster.run("scancel", "--batch", "--signal=USR2", toys.ids["late"])
+    toys.wait_for_log("late", "back into the queue")
+    toys.cluster.run("scancel", toys.ids["late"])
+    toys.wait_for_log("late", "ended by Slurm")
+    assert toys.end("late")[0] == "CANCELLED"
+    time.sleep(1)
+    assert toys.end("late")[0] == "CANCELLED"
+    assert toys.starts("late") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "starts", "says"),
+    [
+        ("uncounted", "1", 1, "failures cannot be counted"),
+        ("limited", "75", 1, "stopped by stop.at or stop.max_hours"),
+        ("stopped", "75", 1, "stopped by `jepa stop` before it began"),
+    ],
+)
+def test_a_job_that_shall_not_come_back_does_not(toys, name, code, starts, says):
+    assert toys.end(name) == ("FAILED", code)
+    assert says in toys.log(name)
+    assert toys.starts(name) == starts

@@ -135,9 +135,10 @@ def _ask_slurm(job_id: str) -> JobState:
     # The controller forgets a job minutes after its end; the data base does not, if there is one.
     lines = _said(["sacct", "-nPX", "--jobs", job_id, "--format=State,ExitCode,NodeList"])
     if not lines:
-        return JobState(state="unknown", detail="Slurm no longer knows it")
+        return JobState(state="unknown", detail="Slurm does not answer, or no longer knows it")
     state, code, nodes = (*lines[-1].split("|"), "", "")[:3]
-    return _worded(state.split()[0], code, nodes, "")
+    # CANCELLED by 1000: who did it is not asked here.
+    return _worded(state.partition(" ")[0], code, nodes, "")
 
 
 def _slurm_state(line: str) -> JobState:

@@ -23,13 +23,22 @@ def ask_k8s(stop: str, ask: Callable[[Sequence[str]], list[str]]) -> tuple[str, 
     """
     words = ["get" if word == "delete" else word for word in shlex.split(stop)]
     lines = ask([*words, "--output", "json"])
-    if not lines:
+    found = json.loads("\n".join(lines)) if lines else {}
+    # Of several that are gone kubectl prints an empty list.
+    if not found or found.get("items") == []:
         return "unknown", "the cluster does not answer, or no longer knows it"
-    return state_of(json.loads("\n".join(lines)))
+    return state_of(found)
 
 
 def state_of(one: Mapping[str, Any]) -> tuple[str, str]:
-    """State and detail by what an object of a JobSet, Job, TrainJob or RayJob says of itself."""
+    """State and detail by what an object of a JobSet, Job, TrainJob or RayJob says of itself.
+
+    Of an array, the first state that is not over, and how many are in which.
+    """
+    if one.get("kind") == "List":
+        states = [state_of(item)[0] for item in one["items"]]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        return next((s for s in states if s not in _ENDED.values()), states[-1]), counts
     spec, status = one.get("spec", {}), one.get("status", {})
     if one.get("kind") == "RayJob":
         state = _RAY.get(status.get("jobDeploymentStatus", ""), "unknown")

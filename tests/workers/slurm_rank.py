@@ -17,8 +17,8 @@ START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 def main() -> int:
     how, *words = sys.argv[1:]
     say(f"runs below {Path(f'/proc/{os.getppid()}/comm').read_text().strip()}")
-    ways = {"crash": crash, "code": code, "lock": lock, "save": save, "check": check, "fine": fine}
-    return ways[how](*words)
+    ways = (crash, code, lock, save, check, fine, uncounted, limited, stopped)
+    return {way.__name__: way for way in ways}[how](*words)
 
 
 def say(words: str) -> None:
@@ -27,7 +27,29 @@ def say(words: str) -> None:
 
 
 def fine() -> int:
+    say(f"meets at {os.environ.get('MASTER_ADDR')}")
     return 0
+
+
+def uncounted(run_dir: str) -> int:
+    """Fails where nothing can be written down, as on a full disk."""
+    (Path(run_dir) / "jobs" / f"{os.environ['SLURM_JOB_ID']}.failures").mkdir()
+    return 1
+
+
+def limited(run_dir: str) -> int:
+    """Stops at a time limit of its own configuration."""
+    event = {"time": time.time(), "event": "stop", "reason": "the time limit is near"}
+    with (Path(run_dir) / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    (Path(run_dir) / "checkpoints" / "step-00000001").mkdir(parents=True)
+    return 75
+
+
+def stopped(run_dir: str) -> int:
+    """Fails while somebody asks the run to stop, which nobody is there to hear."""
+    (Path(run_dir) / "stop").touch()
+    return 1
 
 
 def crash() -> int:
