@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Literal
 
 from data_prep.allocation import ShardPlan, allocate, unfinished_shards
-from data_prep.driver import Workers, run_items, run_shards, stopped_by_sigterm
+from data_prep.driver import Workers, run_items, run_shards, stopped_by_signal
 from data_prep.item import ItemJob, read_record
 from data_prep.kinds.opening import Kind, open_sources
 from data_prep.ledger import Ledger, Listed
@@ -105,7 +105,7 @@ def prepare(
         Stopped: On SIGTERM; what is finished is kept.
     """
     with (
-        stopped_by_sigterm(),
+        stopped_by_signal(),
         Ledger.open(out, settings, overwrite=overwrite) as ledger,
     ):
         return _Work(ledger, settings, watch or Watch()).do(inputs, workers or Workers())
@@ -137,7 +137,7 @@ class _Work:
         shards_before = ledger.count("SELECT count(*) FROM shard WHERE done = 1")
         if self._is_unfinished():
             # Again inside, because Ray puts a handler of its own in the place of ours.
-            with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_sigterm():
+            with local_ray(workers.num_cpus, workers.address) as ray, stopped_by_signal():
                 self._prepare_items(ray)
                 allocate(ledger, self._settings)
                 self._pack(ray)
