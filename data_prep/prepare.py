@@ -144,7 +144,7 @@ class _Work:
         is_done = todo == 0 and listed.num_new == 0 and shards_before == self._num_shards()
         manifest = published(ledger) if is_done else None
         if manifest is None:
-            manifest = publish_dataset(ledger, self._settings)
+            manifest = publish_dataset(ledger, self._settings, self._watch.say)
         remove_all_items(ledger)
         return self._report(listed, manifest, todo, shards_before)
 

@@ -14,11 +14,14 @@ from data_prep import driver
 from data_prep.driver import Workers
 from data_prep.estimate import estimate
 from data_prep.item import ItemDone, ItemJob, prepare_item
-from data_prep.prepare import Inputs
+from data_prep.kinds.opening import open_sources
+from data_prep.ledger import Ledger
+from data_prep.prepare import Inputs, Watch
 from data_prep.settings import PrepSettings
 from pipeline.cluster import local_ray
 from pipeline.data.decode import DecodeLimits, decode_frames
 from pipeline.data.format import ShardIndex
+from pipeline.data.weights import write_weights
 from pipeline.errors import DataError, UsageError
 from tests.prep import run_prep, visible_files
 from tests.test_decode_frames import grid_video
@@ -129,6 +132,48 @@ def test_sources_that_are_added_become_further_shards_and_old_ones_stay(
     assert ("a_old.mp4", "duplicate") in rejected_of(out)
     again = run_prep(more, sources, out=out, settings=SETTINGS)
     assert (again.digest, again.num_prepared) == (new.digest, 0)
+
+
+def test_what_was_noted_and_not_published_is_published_by_the_next_run(
+    undisturbed: Path, sources: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "b_empty.mp4").write_bytes(b"")
+    out, straight = tmp_path / "dataset", tmp_path / "straight"
+    for folder in (out, straight):
+        shutil.copytree(undisturbed, folder)
+    run_prep(more, out=straight, settings=SETTINGS)
+    with Ledger.open(out, SETTINGS) as ledger:
+        ledger.add_sources(open_sources([str(more)]), SETTINGS)
+        ((source, item),) = ledger.pending()
+        job = ItemJob(
+            source=source,
+            item=item,
+            settings=SETTINGS,
+            result=str(tmp_path / "item.tar"),
+            marker=str(tmp_path / "marker"),
+        )
+        ledger.note(prepare_item(job).record)
+    # Here a driver was killed.
+    run_prep(more, out=out, settings=SETTINGS)
+    assert ("b_empty.mp4", "empty") in rejected_of(out)
+    assert visible_files(out) == visible_files(straight)
+
+
+def test_weights_stay_as_long_as_the_samples_do(undisturbed: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "dataset", tmp_path / "more"
+    shutil.copytree(undisturbed, out)
+    more.mkdir()
+    digest = write_weights(out, [1.0, 2.0] * 4)
+    said: list[str] = []
+    (more / "c_empty.mp4").write_bytes(b"")
+    run_prep(more, out=out, settings=SETTINGS, watch=Watch(say=said.append))
+    assert ShardIndex.open(out).manifest.weights_sha256 == digest
+    (more / "c_new.mp4").write_bytes(grid_video(num_frames=33))
+    run_prep(more, out=out, settings=SETTINGS, watch=Watch(say=said.append))
+    assert ShardIndex.open(out).manifest.weights_sha256 is None
+    assert ["weigh the samples again" in line for line in said].count(True) == 1
 
 
 def test_bins_keep_shapes_and_lengths_apart(tmp_path: Path) -> None:

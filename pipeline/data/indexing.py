@@ -6,9 +6,11 @@ middle for the end of the archive and says nothing, so a shard could lose sample
 
 import hashlib
 import io
+import math
+import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -33,6 +35,7 @@ from pipeline.data.layout import (
 )
 from pipeline.data.manifest import dataset_digest, file_sha256, manifest_text, write_durably
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.files import publish
 
 _MEMBERS = {suffix: member for member, suffix in SUFFIXES.items()}
 # TarFile keeps every header, about a kibibyte each.
@@ -72,46 +75,97 @@ def index_shard(path: Path) -> IndexedShard:
 
 def write_index(
     dataset_dir: Path,
-    shards: Sequence[IndexedShard],
+    shards: Iterable[IndexedShard],
     preparation: Mapping[str, JsonValue] | None = None,
     *,
     captions: Literal["json", "text"] = "json",
     figures: Mapping[str, JsonValue] | None = None,
+    before: Manifest | None = None,
 ) -> Manifest:
     """Writes index.npy and then manifest.json; the same shards give the same bytes.
+
+    Args:
+        dataset_dir: The dataset.
+        shards: Its shards in order. Gone through twice, one in memory at a time, so rows that lie
+            on disk may stay there.
+        preparation: The settings that it was prepared with.
+        captions: What its captions are.
+        figures: Counts for the manifest.
+        before: The manifest that is replaced; its samples' weights stay if the index does.
 
     Raises:
         StorageError: The file system refused.
     """
-    parts = []
-    for number, shard in enumerate(shards):
-        part = shard.records.copy()
-        part["shard"] = number
-        parts.append(part)
-    records = np.concatenate(parts) if parts else np.empty(0, dtype=INDEX_DTYPE)
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, records, version=(1, 0), allow_pickle=False)
-    index_bytes = buffer.getvalue()
-    index_sha256 = hashlib.sha256(index_bytes).hexdigest()
-    entries = tuple(shard.entry for shard in shards)
+    counted = [(shard.entry, len(shard.records)) for shard in shards]
+    entries = tuple(entry for entry, _ in counted)
+    rows = _write_rows(dataset_dir / INDEX_NAME, shards, sum(count for _, count in counted))
     manifest = Manifest(
-        digest=dataset_digest(index_sha256, entries),
-        index_sha256=index_sha256,
-        num_samples=len(records),
-        hours=round(float(records["duration_seconds"].sum()) / 3600, 6),
-        members=tuple(
-            str(member)
-            for member in Member
-            if len(records) and (records[str(member)]["length"] > 0).all()
-        ),
+        digest=dataset_digest(rows.sha256, entries),
+        index_sha256=rows.sha256,
+        num_samples=rows.num,
+        hours=round(rows.seconds / 3600, 6),
+        members=tuple(str(member) for member in Member if rows.num and member in rows.members),
         shards=entries,
+        weights_sha256=(
+            before.weights_sha256 if before and before.index_sha256 == rows.sha256 else None
+        ),
         preparation=dict(preparation or {}),
         figures=dict(figures or {}),
         captions=captions,
     )
-    write_durably(dataset_dir / INDEX_NAME, index_bytes)
     write_durably(dataset_dir / MANIFEST_NAME, manifest_text(manifest))
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """What the manifest needs of the rows that were written."""
+
+    num: int
+    sha256: str
+    seconds: float
+    members: set[Member]
+
+
+def _write_rows(path: Path, shards: Iterable[IndexedShard], num: int) -> _Rows:
+    """Writes the index, a shard's rows at a time, in one step that survives a crash."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    digest, written, seconds, members = hashlib.sha256(), 0, [0.0], set(Member)
+    try:
+        with partial.open("wb") as file:
+            header = _header(num)
+            digest.update(header)
+            file.write(header)
+            for number, shard in enumerate(shards):
+                rows = shard.records.copy()
+                rows["shard"] = number
+                digest.update(rows.tobytes())
+                file.write(rows.tobytes())
+                written += len(rows)
+                seconds.append(math.fsum(rows["duration_seconds"].tolist()))
+                members -= {m for m in members if not (rows[str(m)]["length"] > 0).all()}
+            file.flush()
+            os.fsync(file.fileno())
+        if written != num:
+            raise StorageError(f"{path}: expected {num} rows, got {written}: a shard changed")
+        publish(partial, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return _Rows(num=num, sha256=digest.hexdigest(), seconds=math.fsum(seconds), members=members)
+
+
+def _header(num_rows: int) -> bytes:
+    """How a `.npy` file of so many rows begins."""
+    header = io.BytesIO()
+    known = {
+        "descr": np.lib.format.dtype_to_descr(INDEX_DTYPE),
+        "fortran_order": False,
+        "shape": (num_rows,),
+    }
+    np.lib.format.write_array_header_1_0(header, known)
+    return header.getvalue()
 
 
 def build_index(dataset_dir: Path, preparation: Mapping[str, JsonValue] | None = None) -> Manifest:
