@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -73,7 +74,7 @@ class RunOptions:
     """What SOURCES are; recognised if left out."""
     videos: str | None = None
     """Folder or address that relative paths in tables start from."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Sources that are worked on at a time; the machine's cores by default."""
     address: str | None = None
     """Join the Ray cluster at host:port, whose machines must all see SOURCES and OUT."""

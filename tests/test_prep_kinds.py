@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -18,9 +19,10 @@ from data_prep.kinds.still import still_clip
 from data_prep.kinds.trajectory import episode, read_trajectory
 from data_prep.records import Source
 from data_prep.settings import PrepSettings
+from pipeline.cli import main
 from pipeline.data.badmedia import BadMediaError
 from pipeline.data.decode import DecodeLimits, decode_frames, probe_media
-from pipeline.errors import UsageError
+from pipeline.errors import ExitCode, UsageError
 from tests.shards import render_video
 
 TEMPLATES = {"Folding [something]": "0", "Putting [something] near [something]": "1"}
@@ -234,6 +236,26 @@ def test_addresses_are_listed_by_fsspec(tmp_path):
     ]
     with pytest.raises(UsageError, match="nosuch://x: cannot be reached"):
         listed("nosuch://x")
+
+
+def test_a_store_that_lets_nobody_in_is_named_with_its_reason(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(UsageError, match="cannot be reached: Unable to locate credentials"):
+        listed("s3://a-bucket/videos/")
+
+
+def test_no_workers_and_a_file_for_the_folder_of_a_dataset_are_refused_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    prep = ["prep", "run", str(tmp_path), "--out"]
+    # Nobody at work would be waited for without end.
+    assert main([*prep, str(tmp_path / "out"), "--workers", "0"]) == ExitCode.USAGE
+    assert "--workers" in capsys.readouterr().err
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main([*prep, str(out)]) == ExitCode.USAGE
+        assert "expected a folder, or none yet, got a file" in capsys.readouterr().err
 
 
 def test_a_path_that_is_not_there_and_a_kind_that_is_not_are_usage_errors(tmp_path):

@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 # End of a caption that is about the whole video, whose length is not known yet; ten years.
 WHOLE_SECONDS = 3.2e8
 _NOT_THERE = "no such file"
+_NOT_REACHED = (ImportError, ValueError, PermissionError, ConnectionError, TimeoutError)
+_OUR_MODULES = ("builtins", "data_prep", "pipeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,11 @@ def reached(address: str) -> Iterator[tuple[Any, str]]:
 
     try:
         yield fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError, PermissionError, ConnectionError) as error:
+    except Exception as error:
+        # What stores' libraries raise for want of credentials has no base class of its own.
+        is_theirs = type(error).__module__.partition(".")[0] not in _OUR_MODULES
+        if not is_theirs and not isinstance(error, _NOT_REACHED):
+            raise
         raise UsageError(
             f"{address}: cannot be reached: {error}",
             remedy="Check the address, its credentials and that fsspec has its protocol installed.",
