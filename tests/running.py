@@ -65,7 +65,8 @@ def long_stage(steps: int = 100_000, **changes) -> list[dict]:
 
 def write_config(folder: Path, name: str, **changes) -> Path:
     """A configuration of the tiny run on the dataset FOLDER/data, saving every other step."""
-    data = {"sources": [{"path": str(folder / "data")}], "workers": 1, **changes.pop("data", {})}
+    # Processes of loader workers take seconds to start; tests that are about them ask for some.
+    data = {"sources": [{"path": str(folder / "data")}], "workers": 0, **changes.pop("data", {})}
     checkpoint = {"every_steps": 2, "keep_last": 2, **changes.pop("checkpoint", {})}
     config = tiny_config(
         name=name, runs_folder=str(folder), data=data, checkpoint=checkpoint, **changes
