@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.reference_step import ReferenceStep
 from benchmarks.step import largest_difference, run_rounds
-from pipeline.bench.ablate import ablations, measure_ablation
+from pipeline.bench.ablate import ablations, measure_ablation, measure_each
 from pipeline.bench.batches import noise_batches
 from pipeline.bench.stages import StageFigures, schedule_figures
 from pipeline.bench.step import OwnStep, initial_weights, measuring
@@ -95,6 +95,17 @@ def test_an_ablation_is_measured_with_its_own_setting(group):
     figures = measure_ablation(config, recomputed, 0, CPU, 1)
     assert figures.setting["recomputed_blocks"] == {"encoder": 2, "predictor": 1}
     assert 0.1 < figures.recomputed_share < 1 / 3
+
+
+def test_every_ablation_has_a_process_of_its_own(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of the group that other tests share
+        monkeypatch.delenv(name, raising=False)
+    # Another one than this: what DeepSpeed keeps of it ends with it.
+    name, figures = next(measure_each(tiny_config(3), 1, 1))
+    assert name == "as configured"
+    assert figures is not None
+    assert (figures.stage, figures.clips) == ("long", 1)
+    assert figures.gradient_seconds > 0
 
 
 def test_a_schedule_of_equal_stages_saves_nothing_and_a_cheap_one_its_share():

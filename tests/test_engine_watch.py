@@ -7,13 +7,17 @@ import sys
 import time
 
 import pytest
+import torch
 
 from pipeline.engine.agree import RankPace
 from pipeline.engine.hang import Beat, Watchdog, culprit
+from pipeline.engine.last_words import as_memory_full
 from pipeline.engine.pace import PaceWatch
 from pipeline.engine.spikes import Spike, SpikeWindow, plan_rewind
+from pipeline.errors import ConfigError, ExitCode
 from pipeline.limits import GuardsConfig
 from pipeline.track.rewinds import steps_to_take
+from tests.plain import tiny_config
 
 
 def falling_losses(num, seed=0, noise=0.01):
@@ -210,3 +214,17 @@ def test_a_process_that_hangs_ends_with_76_and_leaves_stacks_and_reason(tmp_path
     fault = json.loads((tmp_path / "faults" / "fault-1-0-watchdog.json").read_text())
     assert fault["reason"].startswith("hang: step of step 3 took more than")
     assert (fault["phase"], fault["step"]) == ("compute", 3)
+
+
+def test_a_gpu_that_is_full_is_told_with_the_stage_and_what_to_change():
+    config, full = tiny_config(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore")
+    assert as_memory_full(RuntimeError("else"), config, 1, is_first=True) is None
+    first = as_memory_full(full, config, 4, is_first=True)
+    assert isinstance(first, ConfigError)
+    assert "Stage long with micro_batch 1" in str(first)
+    assert "more" not in str(first)
+    assert "activation_checkpointing=auto" in first.remedy
+    # One that has gone well before may do so again: the scheduler counts it as a failure.
+    later = as_memory_full(full, config, 2, is_first=False)
+    assert later is not None
+    assert later.exit_code == ExitCode.BUG

@@ -1,14 +1,20 @@
-"""A stage's step with each optimisation switched off in turn."""
+"""A stage's step with each optimisation switched off in turn.
 
+Each is measured by a process of its own: DeepSpeed keeps every engine of ZeRO-3 for as long as a
+process lives, and a GPU has no room for eight of them.
+"""
+
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from pipeline.bench.stages import StageFigures, measure_stage
-from pipeline.bench.step import OwnStep
+from pipeline.bench.stages import MemoryFullError, StageFigures, measure_stage
+from pipeline.bench.step import OwnStep, measuring
 from pipeline.clip import ClipBatch, Losses, Progress
 from pipeline.models import rope
 from pipeline.run import RunConfig
@@ -54,6 +60,25 @@ def ablations(config: RunConfig) -> tuple[Ablation, ...]:
             changes={"attention": attention.model_copy(update={"backend": other})},
         ),
     )
+
+
+def measure_each(
+    config: RunConfig, stage_index: int, rounds: int
+) -> Iterator[tuple[str, StageFigures | None]]:
+    """All of them in a stage, by name; None where one does not fit into the device's memory."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for one in ablations(config):
+            yield one.name, pool.submit(_alone, config, one.name, stage_index, rounds).result()
+
+
+def _alone(config: RunConfig, name: str, stage_index: int, rounds: int) -> StageFigures | None:
+    ablation = next(one for one in ablations(config) if one.name == name)
+    with measuring() as device:
+        try:
+            return measure_ablation(config, ablation, stage_index, device, rounds)
+        except MemoryFullError:
+            return None
 
 
 def measure_ablation(

@@ -11,6 +11,7 @@ import torch
 from pipeline.bench.batches import noise_batches
 from pipeline.bench.result import spread
 from pipeline.bench.step import OwnStep, StepTime, take_steps
+from pipeline.errors import ConfigError
 from pipeline.plan.account import batch_flops, batch_recomputed_flops
 from pipeline.plan.work import mean_flops, sample_kept_tokens
 from pipeline.run import RunConfig
@@ -20,6 +21,12 @@ from pipeline.track.peaks import utilisation
 PAPER_RATIO = 8.4
 """GPU time of ViT-g at full size throughout over that of the schedule (arXiv 2506.09985)."""
 _NUM_BATCHES = 4
+
+
+class MemoryFullError(ConfigError):
+    """A stage does not fit into the device's memory."""
+
+    remedy = "Set a smaller micro_batch for that stage, or activation_checkpointing=auto."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +75,21 @@ def measure_stages(
 def measure_stage(
     step: OwnStep, stage_index: int, device: torch.device, rounds: int
 ) -> StageFigures:
-    """Steps of one stage on micro-batches whose masks keep different numbers of tokens."""
+    """Steps of one stage on micro-batches whose masks keep different numbers of tokens.
+
+    Raises:
+        MemoryFullError: They do not fit into the device's memory.
+    """
     config, tuner = step.config, step.tuner
     batches = noise_batches(config, stage_index, device, _NUM_BATCHES)
-    times = take_steps(step, batches, rounds, warm_up=_NUM_BATCHES)
+    try:
+        times = take_steps(step, batches, rounds, warm_up=_NUM_BATCHES)
+    except torch.OutOfMemoryError as error:
+        raise MemoryFullError(
+            f"stage {config.stages[stage_index].name} with micro_batch "
+            f"{config.stages[stage_index].micro_batch} does not fit into this GPU's memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     used = [batches[number % _NUM_BATCHES] for number in range(rounds)]
     gradient = statistics.median(time.gradient_seconds for time in times)
     update = statistics.median(time.update_seconds for time in times)

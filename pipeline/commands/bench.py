@@ -21,6 +21,7 @@ StageName: TypeAlias = Annotated[str | None, Parameter(help="One stage; all of t
 JsonFile: TypeAlias = Annotated[
     Path | None, Parameter(name="--json", help="File that the figures are written to as JSON.")
 ]
+_TOO_LARGE = "no memory"
 
 
 def step(
@@ -45,8 +46,10 @@ def step(
     figures: dict[str, Any] = {}
     rows = []
     for index, name, one in _steps(run, chosen, rounds, ablate=ablate):
-        figures.setdefault(run.stages[index].name, {})[name] = one.to_dict()
-        rows.append((run.stages[index].name, name, *_step_cells(one)))
+        told = {"reason": _TOO_LARGE} if one is None else one.to_dict()
+        figures.setdefault(run.stages[index].name, {})[name] = told
+        cells = (_TOO_LARGE,) if one is None else _step_cells(one)
+        rows.append((run.stages[index].name, name, *cells))
     columns = ("stage", "", "ms", "clips/s", "tokens/s", "MFU", "recomputed", "GiB")
     print_table("A step of one micro-batch", columns, rows)
     _keep("step", figures, run, rounds, json)
@@ -173,18 +176,18 @@ def _steps(
 ) -> Iterator[tuple[int, str, Any]]:
     """Stage, what was altered and figures of everything that is to be measured."""
     # DeepSpeed reads its settings from the environment when it is imported, and takes seconds.
-    from pipeline.bench.ablate import ablations, measure_ablation  # noqa: PLC0415
+    from pipeline.bench.ablate import measure_each  # noqa: PLC0415
     from pipeline.bench.stages import measure_stages  # noqa: PLC0415
     from pipeline.bench.step import measuring  # noqa: PLC0415
 
-    with measuring() as device:
-        if not ablate:
-            found = measure_stages(run, chosen, device, rounds)
-            yield from ((i, "", one) for i, one in zip(chosen, found, strict=True))
-            return
+    if ablate:
         for index in chosen:
-            for other in ablations(run):
-                yield index, other.name, measure_ablation(run, other, index, device, rounds)
+            for name, one in measure_each(run, index, rounds):
+                yield index, name, one
+        return
+    with measuring() as device:
+        found = measure_stages(run, chosen, device, rounds)
+    yield from ((i, "", one) for i, one in zip(chosen, found, strict=True))
 
 
 def _step_cells(one: Any) -> tuple[str, ...]:

@@ -3,9 +3,13 @@
 import time
 from pathlib import Path
 
+import torch
+
 from pipeline.engine.hang import Watchdog
 from pipeline.environment import Launch
-from pipeline.errors import ExitCode, JepaError, PeerLostError
+from pipeline.errors import ConfigError, ExitCode, JepaError, PeerLostError
+from pipeline.run import RunConfig
+from pipeline.stages import place_of_step
 from pipeline.track.faults import RankFault, read_faults, write_fault
 from pipeline.track.lease import OwnerError
 
@@ -19,6 +23,10 @@ _PEER_WORDS = (
     "nccl",
     "gloo",
 )
+_SMALLER = (
+    "Set a smaller micro_batch for that stage, activation_checkpointing=auto, or a higher "
+    "zero.stage: `jepa plan` estimates what fits."
+)
 # The rank that failed writes its file before it closes its connections.
 _PATIENCE_SECONDS = 3.0
 
@@ -30,6 +38,28 @@ def as_peer_loss(error: BaseException, launch: Launch) -> PeerLostError | None:
     if not any(word in str(error).lower() for word in _PEER_WORDS):
         return None
     return PeerLostError(f"Rank {launch.rank} of {launch.world_size} lost its peers: {error}")
+
+
+def as_memory_full(
+    error: BaseException, config: RunConfig, step: int, *, is_first: bool
+) -> JepaError | None:
+    """The error to report if a GPU's memory ran out.
+
+    Args:
+        error: What ended the step.
+        config: The run.
+        step: Which step that was.
+        is_first: No step of its stage has been taken since this start. Then none ever will be;
+            later another start may get further.
+    """
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    stage = place_of_step(config.stages, min(max(step, 1), config.num_steps)).stage
+    words = (
+        f"Stage {stage.name} with micro_batch {stage.micro_batch} ran out of this GPU's memory at "
+        f"step {step}: {str(error).splitlines()[0]}"
+    )
+    return (ConfigError if is_first else JepaError)(words, remedy=_SMALLER)
 
 
 class LastWords:

@@ -8,7 +8,7 @@ from pipeline.engine.build import Parts, build
 from pipeline.engine.collectives import COLLECTIVES
 from pipeline.engine.commit import Saver
 from pipeline.engine.guards import Guards
-from pipeline.engine.last_words import as_peer_loss
+from pipeline.engine.last_words import as_memory_full, as_peer_loss
 from pipeline.engine.rundir import Wish, begin, clear_the_way, note_end
 from pipeline.engine.spikes import Spike, plan_rewind
 from pipeline.engine.step import StepResult, take_step
@@ -22,7 +22,7 @@ from pipeline.environment import (
     record_collectives,
     set_cpu_threads,
 )
-from pipeline.errors import ExitCode, NumericsError
+from pipeline.errors import ExitCode, JepaError, NumericsError
 from pipeline.machine import process_age_seconds
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
@@ -115,14 +115,23 @@ def _guarded_loop(parts: Parts, care: Supervision) -> _Ending | None:
         return _loop(parts, saver)
     except BaseException as error:
         # No collectives from here on: a peer may be gone.
-        told = as_peer_loss(error, parts.launch) or error
+        told = as_peer_loss(error, parts.launch) or _memory_full(error, parts) or error
         care.last_words.leave(told)
         saver.settle()
         if parts.launch.rank == 0:
             for fault in care.last_words.collect(told):
                 parts.tracker.event("fault", **fault_fields(fault))
         parts.tracker.close("failed")
+        if told is not error:
+            raise told from error
         raise
+
+
+def _memory_full(error: BaseException, parts: Parts) -> JepaError | None:
+    step, first = parts.care.watchdog.place[1], parts.first_step
+    place = place_of_step(parts.config.stages, max(step, 1))
+    is_first = step <= first or place.step_in_stage == 1
+    return as_memory_full(error, parts.config, step, is_first=is_first)
 
 
 def _loop(parts: Parts, saver: Saver) -> _Ending | None:
