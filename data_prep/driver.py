@@ -23,7 +23,12 @@ from pipeline.errors import DataError, JepaError
 # One job waits at each worker, so that none stands still between two; no more are in memory.
 _JOBS_PER_CPU = 2
 _POLL_SECONDS = 1.0
+# Of a thousand markers on a network's file system, each look costs a second.
+_LOOK_SECONDS = 2.0
 _DEATHS_PER_ITEM = 2
+# A lost machine takes dozens of workers with it, of which one at most is to blame.
+_MACHINES_PER_ITEM = 4
+# In a row, none of them at a source.
 _DEATHS_WITHOUT_ITEM = 3
 # A worker is at a source for two passes at most; after that it hangs inside the decoder.
 _PASSES = 2
@@ -143,17 +148,21 @@ class _Crew(Generic[Job, Result]):
         and would publish what the next run does. To cancel it has a race in Ray that aborts the
         driver when a task completes at that moment.
         """
+        looked = time.monotonic()
         while self._fill() or self._running:
-            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
-            for task in done:
+            for task in self._finished():
                 result = self._outcome(task, self._running.pop(task))
                 if result is not None:
+                    del self._deaths[""]
                     on_done(result)
-            self.end_hanging(self._running)
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                self.end_hanging(self._running)
+                looked = time.monotonic()
 
     def after_death(self, job: Job, error: Exception) -> Job:
         """What to do again after the worker of a job died."""
-        self.count_death("", _DEATHS_WITHOUT_ITEM, error)
+        if not isinstance(error, self._ray.exceptions.NodeDiedError):
+            self.count_death("", _DEATHS_WITHOUT_ITEM, error)
         return job
 
     def end_hanging(self, running: dict[Any, Job]) -> None:
@@ -178,6 +187,15 @@ class _Crew(Generic[Job, Result]):
                 return False
             self._running[self._task.remote(job)] = job
         return True
+
+    def _finished(self) -> list[Any]:
+        """All tasks that have ended by now; waits for one, but not for ever."""
+        tasks = list(self._running)
+        done, others = self._ray.wait(tasks, num_returns=1, timeout=_POLL_SECONDS)
+        if done and others:
+            # In one call: with a thousand workers, one for each would be most of the driver's time.
+            done += self._ray.wait(others, num_returns=len(others), timeout=0)[0]
+        return done
 
     def _outcome(self, task: Any, job: Job) -> Result | None:
         errors = self._ray.exceptions
@@ -206,16 +224,20 @@ class _Items(_Crew[ItemJob, ItemDone]):
         self._begun: dict[str, float] = {}
 
     def after_death(self, job: ItemJob, error: Exception) -> ItemJob:
-        """Blames the source if its worker had begun with it and was not lost with its machine."""
+        """Blames the source if its worker had begun with it; less if its machine was lost."""
         marker = Path(job.marker)
-        begun = marker.exists() and not isinstance(error, self._ray.exceptions.NodeDiedError)
+        begun = marker.exists()
         marker.unlink(missing_ok=True)
         self._begun.pop(job.item, None)
         if not begun:
-            self.count_death("", _DEATHS_WITHOUT_ITEM, error)
-        elif self.count_death(job.item, _DEATHS_PER_ITEM, error):
-            return replace(job, refuse="twice, while at this source")
-        return job
+            return super().after_death(job, error)
+        if isinstance(error, self._ray.exceptions.NodeDiedError):
+            is_last = self.count_death(f"{job.item} and its machine", _MACHINES_PER_ITEM, error)
+            why = "with its machine, time and again, while at this source"
+        else:
+            is_last = self.count_death(job.item, _DEATHS_PER_ITEM, error)
+            why = "twice, while at this source"
+        return replace(job, refuse=why) if is_last else job
 
     def end_hanging(self, running: dict[Any, ItemJob]) -> None:
         """Ends workers whose marker has been there for too long by the driver's own clock."""

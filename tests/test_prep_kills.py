@@ -112,6 +112,27 @@ def test_a_source_that_kills_its_worker_twice_is_left_out_and_named(
     assert len(kept) < len(videos(undisturbed))
 
 
+def dying_before_it_begins(job: ItemJob) -> ItemDone:
+    """Ends its process as for want of memory: twice for one source, once for another."""
+    deaths = {"v0.mp4": 2, "v4.mp4": 1}.get(job.source.name, 0)
+    for number in range(deaths):
+        note = Path(f"{job.marker}.died{number}")
+        if not note.exists():
+            note.parent.mkdir(exist_ok=True)
+            note.touch()
+            os._exit(1)
+    return prepare_item(job)
+
+
+def test_deaths_that_no_source_is_to_blame_for_end_nothing_while_others_are_done(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "prepare_item", dying_before_it_begins)
+    videos = [sources / f"v{number}.mp4" for number in range(5)]
+    report = run_prep(*videos, out=tmp_path / "out", settings=SETTINGS)
+    assert (report.rejected, report.num_samples) == ({}, 5)
+
+
 def start_command(sources: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipeline.cli", "prep", "run", str(sources), "--out", str(out)]
     return subprocess.Popen(
