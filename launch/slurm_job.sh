@@ -9,7 +9,7 @@ attempt=${SLURM_RESTART_COUNT:-0}
 say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$job" "$((attempt + 1))" "$*"; }
 
 # Both from the first line on: untrapped, either would end this script before the ranks have saved.
-warned=0 ended=0 ranks='' reminder=''
+warned=0 ended=0 late=0 ranks='' reminder=''
 trap 'warned=1; say "asked to save: the time limit is near"; remind' USR2
 # Ignored from then on: Slurm repeats it, and sends it to what `shrink` starts as well.
 trap 'trap "" TERM; ended=1; say "ended by Slurm: cancelled, preempted, requeued, out of time, or a node is lost"; shrink' TERM
@@ -111,7 +111,7 @@ final_code() {
 
 # Removes this start's folder from the nodes' own disks.
 tidy() {
-  if [[ $TORCH_EXTENSIONS_DIR != "$own"/* ]]; then return; fi
+  if [[ $TORCH_EXTENSIONS_DIR != "$own"/* ]] || [ "$late" = 1 ]; then return; fi
   timeout 30 srun --overlap --nodes="$num_nodes" --nodelist="$list" --ntasks="$num_nodes" \
     --ntasks-per-node=1 rm -rf -- "$own" || say "$own is left on a node"
 }
@@ -123,7 +123,7 @@ finish() { tidy; exit "$1"; }
 put_back() {
   local answer='' _
   for _ in {1..30}; do
-    if [ "$ended" = 1 ]; then exit "$1"; fi
+    if [ "$ended" = 1 ] && [ "$late" = 0 ]; then exit "$1"; fi
     if answer=$(scontrol requeue "$target" 2>&1); then return; fi
     case $answer in
       *contact* | *onnect* | *timed\ out*) say "the controller does not answer: $answer" ;;
@@ -131,7 +131,7 @@ put_back() {
     esac
     sleep 10 & wait $!
   done
-  if [ "$ended" = 1 ]; then exit "$1"; fi
+  if [ "$ended" = 1 ] && [ "$late" = 0 ]; then exit "$1"; fi
   say "this cluster refuses to requeue; submit the job again: $answer"
   exit "$1"
 }
@@ -153,7 +153,8 @@ again_or_give_up() {
   local code=$1 failures=0 step=-1 now
   if [ -e "$state" ]; then read -r failures step <"$state"; fi
   now=$(newest_step)
-  if [ "$ended" = 1 ]; then exit "$code"; fi    # it may have ended what counts as well
+  # It may have ended what counts as well.
+  if [ "$ended" = 1 ] && [ "$late" = 0 ]; then exit "$code"; fi
   if [ "$now" -gt "$step" ]; then failures=0; fi
   failures=$((failures + 1))
   if ! echo "$failures $now" >"$state"; then    # a full disk: uncounted, it would fail for ever
@@ -314,7 +315,12 @@ esac
 code=$?
 say "ended with $code"
 if [ "$code" = 0 ]; then rm -f "$state" "$started" "$excluded"; finish 0; fi
-if [ "$ended" = 1 ]; then exit "$code"; fi    # Slurm queues it again, or was told not to
+if [ "$ended" = 1 ]; then    # Slurm queues it again, or was told not to; out of time it does neither
+  why=$(scontrol show job "$target" | sed -n 's/.* Reason=\([^ ]*\).*/\1/p' | head -n 1)
+  if [ "$why" != TimeLimit ] || [ "$trains" = 0 ]; then exit "$code"; fi
+  say "out of time: grace_seconds is too little for a step and a save"
+  late=1
+fi
 final=$(final_code "$code")
 if [ -n "$final" ]; then say "code $final: starting again cannot help"; finish "$final"; fi
 if [ "$code" = 75 ]; then saved; fi

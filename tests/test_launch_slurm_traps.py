@@ -96,6 +96,7 @@ def submit_more(toys: Toys) -> None:
     (folder / "beside" / "stop").touch()
     for name in ("uncounted", "limited", "stopped"):
         toys.submit(name, name, f"{folder}/{name}", nodes=1)
+    toys.submit("overdue", "save", "1", f"{folder}/overdue", nodes=1)
     # The moment between the ranks' end and the requeue, made long enough to be met.
     late = {"  tidy\n  put_back": "  sleep 20 & wait $!\n  put_back"}
     toys.submit("late", "save", "0", f"{folder}/late", nodes=1, edits=late)
@@ -122,6 +123,9 @@ def toys(tmp_path_factory) -> Iterator[Toys]:
         toys.submit("warned", "save", "0", f"{folder}/warned")
         toys.submit("cancelled", "save", "2", f"{folder}/cancelled")
         submit_more(toys)
+        # Now, since Slurm looks for what is out of time every 30 s.
+        toys.wait_for_log("overdue", "rank 0, start 0: listens")
+        cluster.run("scontrol", "update", f"JobId={toys.ids['overdue']}", "EndTime=now")
         # Now, since its save is what takes longest here.
         toys.wait_for_log("agent", "rank 3, start 0: listens")
         cluster.run("scancel", "--batch", "--signal=USR2", toys.ids["agent"])
@@ -244,6 +248,15 @@ def test_a_cancelled_job_stays_cancelled_although_it_was_about_to_queue_again(to
     time.sleep(1)
     assert toys.end("late")[0] == "CANCELLED"
     assert toys.starts("late") == 1
+
+
+def test_a_run_that_is_out_of_time_is_queued_again_though_slurm_does_not(toys):
+    assert toys.end("overdue") == ("COMPLETED", "0")
+    log = toys.log("overdue")
+    assert "DUE TO TIME LIMIT" in log
+    assert "out of time: grace_seconds is too little" in log
+    assert "saved at step 1: back into the queue" in log
+    assert toys.starts("overdue") == 2
 
 
 @pytest.mark.parametrize(
