@@ -5,6 +5,7 @@ process lives, and a GPU has no room for eight of them.
 """
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -63,13 +64,35 @@ def ablations(config: RunConfig) -> tuple[Ablation, ...]:
 
 
 def measure_each(
-    config: RunConfig, stage_index: int, rounds: int
+    config: RunConfig,
+    stage_index: int,
+    rounds: int,
+    say: Callable[[str], None] = lambda _words: None,
 ) -> Iterator[tuple[str, StageFigures | None]]:
-    """All of them in a stage, by name; None where one does not fit into the device's memory."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+    """All of them in a stage, by name; None where one does not fit into the device's memory.
+
+    Args:
+        config: The run.
+        stage_index: The stage.
+        rounds: Steps that are measured.
+        say: Is told what is being measured.
+    """
+    pool = ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        max_tasks_per_child=1,
+        # Ctrl-C is for whoever waits here, who ends them.
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
         for one in ablations(config):
+            say(f"{config.stages[stage_index].name}, {one.name}")
             yield one.name, pool.submit(_alone, config, one.name, stage_index, rounds).result()
+    finally:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _alone(config: RunConfig, name: str, stage_index: int, rounds: int) -> StageFigures | None:

@@ -1,11 +1,13 @@
 """`jepa bench`: steps, attention kernels, loader and stages on the machine at hand."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from pipeline.bench.attention import attention_figures, measure_attention
 from pipeline.bench.loader import measure_loader
@@ -140,7 +142,8 @@ def stages(
     from pipeline.bench.stages import measure_stages, schedule_figures  # noqa: PLC0415
     from pipeline.bench.step import measuring  # noqa: PLC0415
 
-    with measuring() as device:
+    with _telling() as say, measuring() as device:
+        say("all stages")
         found = measure_stages(run, chosen, device, rounds)
     schedule = schedule_figures(run, found, devices)
     rows = [(one.stage, *_step_cells(one)) for one in found]
@@ -180,14 +183,27 @@ def _steps(
     from pipeline.bench.stages import measure_stages  # noqa: PLC0415
     from pipeline.bench.step import measuring  # noqa: PLC0415
 
-    if ablate:
-        for index in chosen:
-            for name, one in measure_each(run, index, rounds):
-                yield index, name, one
-        return
-    with measuring() as device:
-        found = measure_stages(run, chosen, device, rounds)
+    with _telling() as say:
+        if ablate:
+            for index in chosen:
+                for name, one in measure_each(run, index, rounds, say):
+                    yield index, name, one
+            return
+        say(", ".join(run.stages[index].name for index in chosen))
+        with measuring() as device:
+            found = measure_stages(run, chosen, device, rounds)
     yield from ((i, "", one) for i, one in zip(chosen, found, strict=True))
+
+
+@contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    """Says on a terminal what is being measured, since it takes minutes."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _words: None
+        return
+    with console.status("measuring") as status:
+        yield lambda words: status.update(f"measuring {words}")
 
 
 def _step_cells(one: Any) -> tuple[str, ...]:
