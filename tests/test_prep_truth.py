@@ -5,18 +5,21 @@ frame presented by k / fps, turned by hand.
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.video.stream import VideoStream
 
 from data_prep.hdr import is_hdr
 from data_prep.measure import measure
 from data_prep.records import Source
 from data_prep.settings import PrepSettings
 from data_prep.transcode import plan_segments, transcode
+from pipeline.data.completeness import missing_bytes
 from pipeline.data.decode import BadMediaError, BadReason, DecodeLimits, decode_frames, probe_media
 
 DATA = Path(__file__).parent / "data"
@@ -98,15 +101,19 @@ def test_stored_frames_are_those_shown_at_their_times(name: str) -> None:
         ("mpegts", "bikes_640x272.mp4"),
         ("flv", "bikes_640x272.mp4"),
         ("webm", "odd_dims_vp9.mp4"),
-        ("avi", "mpeg4.avi"),
+        ("avi", "mpeg4"),
+        ("asf", "mpeg4"),
+        ("flv", "flv1"),
+        ("mpeg", "mpeg1video"),
+        ("ogg", "libvpx"),
     ],
 )
 def test_a_truncated_file_is_noticed_even_where_the_decoder_raises_nothing(
     tmp_path: Path, container: str, name: str
 ) -> None:
     whole, cut = tmp_path / f"whole.{container}", tmp_path / f"cut.{container}"
-    if container == "avi":
-        encode_mpeg4(whole)
+    if "." not in name:
+        encode(whole, container, name)
     else:
         repack(DATA / "videos" / name, whole, container)
     info = probe_media(whole, DecodeLimits(), decode_everything=True)
@@ -129,9 +136,35 @@ def repack(path: Path, out: Path, container: str) -> None:
                 packed.mux(packet)
 
 
-def encode_mpeg4(out: Path) -> None:
-    with av.open(str(out), "w", "avi") as container:
-        stream = container.add_stream("mpeg4", rate=8)
+@pytest.mark.parametrize(
+    ("container", "codec", "name"),
+    [
+        ("flv", "flv1", "flv"),
+        ("mpeg", "mpeg1video", "mpeg"),
+        ("vob", "mpeg2video", "mpeg"),
+        ("ogg", "libvpx", "ogg"),
+        ("asf", "wmv2", "asf"),
+    ],
+)
+def test_a_whole_file_is_never_called_cut_off_and_a_cut_one_hardly_ever_whole(
+    tmp_path: Path, container: str, codec: str, name: str
+) -> None:
+    encode(tmp_path / "whole", container, codec)
+    whole = (tmp_path / "whole").read_bytes()
+    assert missing_bytes(io.BytesIO(whole), name) == 0
+    # What others append is no part that is missing.
+    assert missing_bytes(io.BytesIO(whole + b"appended by another program"), name) == 0
+    cuts = range(len(whole) // 3, len(whole), 97)
+    found = [missing_bytes(io.BytesIO(whole[:cut]), name) for cut in cuts]
+    assert all(count <= len(whole) - cut for count, cut in zip(found, cuts, strict=True))
+    # Between two parts nothing tells.
+    assert sum(count > 0 for count in found) > 0.97 * len(found)
+
+
+def encode(out: Path, container_name: str, codec: str) -> None:
+    with av.open(str(out), "w", container_name) as container:
+        stream = container.add_stream(codec, rate=25)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(40):
             noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)

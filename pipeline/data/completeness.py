@@ -9,6 +9,24 @@ from typing import BinaryIO
 
 _MAX_PARTS = 100_000
 _MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
+# Only a file that does not end as one should is walked through; an hour has some 250,000 tags.
+_MAX_TAGS = 1_000_000
+_FLV_KINDS = frozenset({8, 9, 18})
+_OGG_PAGE = b"OggS\0"
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+_START_CODE = b"\0\0\1"
+_MAX_PACK_BYTES = 1 << 18
+# Header, data, and the three kinds of index.
+_ASF_OBJECTS = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "3026b2758e66cf11a6d900aa0062ce6c",
+        "3626b2758e66cf11a6d900aa0062ce6c",
+        "90080033b1e5cf1189f400a0c90349cb",
+        "d329e2d6da35d111903400a0c90349be",
+        "f803b1fead12644c840f2a1d2f7ad48c",
+    )
+)
 _TS_PACKET_BYTES = 188
 _TS_SYNC = 0x47
 # Writers of AVI files round sizes up to even numbers that the file need not have.
@@ -18,21 +36,15 @@ _RIFF_SLACK_BYTES = 1
 def missing_bytes(file: BinaryIO, container: str) -> int:
     """Bytes that a file lacks by the sizes its container names; 0 if it is whole or none can tell.
 
-    MP4 and QuickTime, Matroska and WebM, AVI and MPEG transport streams can tell; the rest cannot.
-    The file's position is moved.
+    MP4 and QuickTime, Matroska and WebM, AVI, ASF, FLV, Ogg, MPEG program and transport streams can
+    tell; the last four not if they were cut between two parts. The file's position is moved.
 
     Args:
         file: The file, seekable.
         container: FFmpeg's name of the container's family, as `MediaReader.container_name`.
     """
-    size = file.seek(0, os.SEEK_END)
-    if container == "mov":
-        return _beyond_boxes(file, size)
-    if container == "matroska":
-        return _beyond_segment(file, size)
-    if container == "avi":
-        return _beyond_chunks(file, size)
-    return _beyond_packets(file, size) if container == "mpegts" else 0
+    beyond = _BEYOND.get(container)
+    return 0 if beyond is None else beyond(file, file.seek(0, os.SEEK_END))
 
 
 def _beyond_boxes(file: BinaryIO, size: int) -> int:
@@ -95,6 +107,102 @@ def _beyond_packets(file: BinaryIO, size: int) -> int:
     return -size % _TS_PACKET_BYTES if plain else 0
 
 
+def _beyond_objects(file: BinaryIO, size: int) -> int:
+    """ASF: top-level objects of an identifier and their size; a live stream's ends the walk."""
+    place = 0
+    for _ in range(_MAX_PARTS):
+        head = _at(file, place, 24)
+        length = int.from_bytes(head[16:24], "little")
+        if head[:16] not in _ASF_OBJECTS or length < 24:
+            return 0
+        place += length
+        if place > size:
+            return place - size
+    return 0
+
+
+def _beyond_tags(file: BinaryIO, size: int) -> int:
+    """FLV: tags of 11 bytes and their content, each followed by its size in 4 bytes."""
+    last = int.from_bytes(_at(file, max(0, size - 4), 4), "big")
+    place = size - 4 - last
+    if place > 0 and last == 11 + int.from_bytes(_at(file, place + 1, 3), "big"):
+        # It ends as a file does, and need not be walked through.
+        return 0
+    place = int.from_bytes(_at(file, 5, 4), "big") + 4
+    for _ in range(_MAX_TAGS):
+        head = _at(file, place, 4)
+        if not head or head[0] & 0x1F not in _FLV_KINDS:
+            return 0
+        place += 11 + int.from_bytes(head[1:].ljust(3, b"\0"), "big")
+        if place > size:
+            return place - size
+        place += 4
+    return 0
+
+
+def _beyond_pages(file: BinaryIO, size: int) -> int:
+    """Ogg (RFC 3533): pages of 27 bytes, a table of lengths, and their content."""
+    start = max(0, size - 2 * _OGG_PAGE_BYTES)
+    tail = _at(file, start, size - start)
+    place = tail.find(_OGG_PAGE)
+    while place >= 0:
+        end = _end_of_pages(tail, place)
+        if end is not None:
+            return end - len(tail)
+        # What looked like a page was in the middle of one.
+        place = tail.find(_OGG_PAGE, place + 1)
+    return 0
+
+
+def _end_of_pages(tail: bytes, place: int) -> int | None:
+    """Where the last of the pages from a place on ends; None if anything else comes first."""
+    while place < len(tail):
+        head = tail[place : place + 27]
+        if not _OGG_PAGE.startswith(head[:5]):
+            return None
+        if len(head) < 27:
+            return place + 27
+        table = tail[place + 27 : place + 27 + head[26]]
+        place += 27 + head[26] + sum(table)
+    return place
+
+
+def _beyond_packs(file: BinaryIO, size: int) -> int:
+    """MPEG program stream (ISO/IEC 13818-1, 2.5): packets with sizes, from the last pack on."""
+    start = max(0, size - _MAX_PACK_BYTES)
+    tail = _at(file, start, size - start)
+    place = tail.rfind(_START_CODE + b"\xba")
+    while 0 <= place <= len(tail) - 4:
+        length = _packet_bytes(tail[place : place + 14])
+        if length is None:
+            return 0
+        place += length
+    return max(0, place - len(tail))
+
+
+def _packet_bytes(head: bytes) -> int | None:
+    """Size of a pack's header or of a packet; None at the end code, or what is neither."""
+    kind = head[3]
+    if head[:3] != _START_CODE or kind < 0xBA:
+        return None
+    if kind != 0xBA:
+        return 6 + int.from_bytes(head[4:6], "big")
+    is_mpeg1 = len(head) > 4 and head[4] >> 6 == 0
+    return 12 if is_mpeg1 else 14 + (head[13] & 7 if len(head) > 13 else 0)
+
+
 def _at(file: BinaryIO, place: int, length: int) -> bytes:
     file.seek(place)
     return file.read(length)
+
+
+_BEYOND = {
+    "mov": _beyond_boxes,
+    "matroska": _beyond_segment,
+    "avi": _beyond_chunks,
+    "asf": _beyond_objects,
+    "flv": _beyond_tags,
+    "ogg": _beyond_pages,
+    "mpeg": _beyond_packs,
+    "mpegts": _beyond_packets,
+}

@@ -140,7 +140,7 @@ def probe_media(
                 times.append(timed.seconds)
                 look(timed)
             if decode_everything and (missing := reader.missing_bytes()):
-                partial = f"{BadReason.TRUNCATED}: its last {missing} bytes are missing"
+                partial = f"{BadReason.TRUNCATED}: {missing} bytes or more are missing at its end"
         except BadMediaError as error:
             partial = str(error)
         found = _Found(
