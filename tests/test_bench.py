@@ -13,11 +13,15 @@ from benchmarks.reference_step import ReferenceStep
 from benchmarks.step import largest_difference, run_rounds
 from pipeline.bench.ablate import ablations, measure_ablation, measure_each
 from pipeline.bench.batches import noise_batches
+from pipeline.bench.loader import measure_loader
 from pipeline.bench.stages import StageFigures, schedule_figures
 from pipeline.bench.step import OwnStep, initial_weights, measuring
 from pipeline.checkpoint.fingerprint import fingerprint_pieces
+from pipeline.cli import main
 from pipeline.config.load import resolved_yaml
+from pipeline.errors import ExitCode
 from tests.plain import tiny_config
+from tests.shards import write_dataset
 
 CPU = torch.device("cpu")
 
@@ -106,6 +110,25 @@ def test_every_ablation_has_a_process_of_its_own(monkeypatch):
     assert figures is not None
     assert (figures.stage, figures.clips) == ("long", 1)
     assert figures.gradient_seconds > 0
+
+
+def test_a_loaders_clips_are_told_per_second_of_its_workers_too(tmp_path):
+    data = {"sources": [{"path": str(write_dataset(tmp_path / "data", 8))}], "workers": 1}
+    config = tiny_config(data=data)
+    figures = measure_loader(config, 1, 4)
+    assert figures.clips == 4 * config.stages[1].micro_batch
+    # Decoding a clip takes at least a tenth of a millisecond, and the worker does it.
+    assert 0 < figures.clips_per_cpu_second < 10_000
+
+
+def test_figures_that_cannot_be_kept_are_told_before_anything_is_measured(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(resolved_yaml(tiny_config()))
+    words = ["bench", "attention", str(config), "--json", "/proc/nowhere/out.json"]
+    assert main(words) == ExitCode.STORAGE
+    assert "/proc/nowhere/out.json: cannot be written" in capsys.readouterr().err
+    assert main(["bench", "stages", str(config), "--devices", "3"]) == ExitCode.CONFIG
+    assert "not a multiple" in capsys.readouterr().err
 
 
 def test_a_schedule_of_equal_stages_saves_nothing_and_a_cheap_one_its_share():

@@ -38,15 +38,19 @@ def measure_loader(
         num_batches: Micro-batches that count.
         first: Number of the first micro-batch, so that rounds need not read the same clips.
     """
-    warm_up = max(1, config.data.workers)
-    numbers = range(first, first + warm_up + num_batches)
+    data = config.data
+    warm_up = max(1, data.workers)
+    # Workers end with their plans, and their CPU time would go with them: there is more to do than
+    # is taken. What is loaded ahead of the last one was loaded ahead of the first one, too.
+    ahead = data.workers * (data.prefetch + 2)
+    numbers = range(first, first + warm_up + num_batches + ahead)
     plans = tuple(stage_plan(config, stage_index, number) for number in numbers)
     collate = partial(collate_plan, seed=config.seed)
-    with make_loader(config.data, plans=plans, collate=collate, seed=config.seed) as loader:
+    with make_loader(data, plans=plans, collate=collate, seed=config.seed) as loader:
         for _ in range(warm_up):
             next(loader)
         begin, cpu_begin = time.perf_counter(), _cpu_seconds()
-        clips = sum(len(batch.keys) for batch in loader)
+        clips = sum(len(next(loader).keys) for _ in range(num_batches))
         seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
     return LoaderFigures(
         clips=clips,

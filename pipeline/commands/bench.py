@@ -15,8 +15,9 @@ from pipeline.bench.result import document, print_table, spread, write_document
 from pipeline.commands import ConfigPath, Overrides, print_text
 from pipeline.config.load import load_config
 from pipeline.environment import choose_device, prepare_libraries, read_launch
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.run import RunConfig
+from pipeline.stages import accumulation
 
 Rounds: TypeAlias = Annotated[int, Parameter(help="Measurements; their median counts.")]
 StageName: TypeAlias = Annotated[str | None, Parameter(help="One stage; all of them by default.")]
@@ -44,7 +45,7 @@ def step(
         ablate: Measure also with each optimisation switched off in turn.
         json: File for the figures.
     """
-    run, chosen = _load(config, overrides, stage, rounds)
+    run, chosen = _load(config, overrides, stage, rounds, json)
     figures: dict[str, Any] = {}
     rows = []
     for index, name, one in _steps(run, chosen, rounds, ablate=ablate):
@@ -73,7 +74,7 @@ def attention(
         rounds: Calls that are measured.
         json: File for the figures.
     """
-    run, chosen = _load(config, overrides, stage, rounds)
+    run, chosen = _load(config, overrides, stage, rounds, json)
     device = choose_device(read_launch())
     figures: dict[str, Any] = {}
     for index in chosen:
@@ -102,7 +103,7 @@ def loader(
         batches: Micro-batches of each time.
         json: File for the figures.
     """
-    run, chosen = _load(config, overrides, stage, rounds)
+    run, chosen = _load(config, overrides, stage, rounds, json)
     if batches < 1:
         raise UsageError(f"expected --batches of at least 1, got {batches}")
     figures: dict[str, Any] = {}
@@ -138,7 +139,11 @@ def stages(
         devices: Devices that are to share the global batch; communication is not measured.
         json: File for the figures.
     """
-    run, chosen = _load(config, overrides, None, rounds)
+    run, chosen = _load(config, overrides, None, rounds, json)
+    if devices < 1:
+        raise UsageError(f"expected --devices of at least 1, got {devices}")
+    for one in run.stages:
+        accumulation(one, run.global_batch, devices)  # before anything is measured
     from pipeline.bench.stages import measure_stages, schedule_figures  # noqa: PLC0415
     from pipeline.bench.step import measuring  # noqa: PLC0415
 
@@ -160,10 +165,15 @@ def stages(
 
 
 def _load(
-    config: Path, overrides: Sequence[str], stage: str | None, rounds: int
+    config: Path, overrides: Sequence[str], stage: str | None, rounds: int, json: Path | None
 ) -> tuple[RunConfig, list[int]]:
     if rounds < 1:
         raise UsageError(f"expected --rounds of at least 1, got {rounds}")
+    if json is not None:
+        # Not after minutes of measuring. What is there stays until the figures are.
+        with _written(json):
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.open("a").close()
     prepare_libraries(Path.home() / ".cache" / "jepa" / "torch_extensions")
     run = load_config(config, RunConfig, overrides).config
     names = [one.name for one in run.stages]
@@ -224,5 +234,14 @@ def _keep(
     if path is None:
         return
     settings = {"rounds": rounds, "config": run.model_dump(mode="json")}
-    write_document(path, document(name, figures, settings))
+    with _written(path):
+        write_document(path, document(name, figures, settings))
     print_text(f"written to {path}")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
