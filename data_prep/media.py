@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.records import Source
 from pipeline.data.badmedia import BadMediaError, BadReason
@@ -50,7 +51,7 @@ def opened(source: Source, folder: Path) -> Iterator[Opened]:
     elif is_remote(source.locator):
         fetched = folder / f"fetched-{os.getpid()}.partial"
         try:
-            _fetch(source.locator, fetched)
+            _fetch(source, fetched)
             yield Opened(content=fetched, sha256=file_sha256(fetched))
         finally:
             fetched.unlink(missing_ok=True)
@@ -89,19 +90,34 @@ def _member(source: Source) -> bytes:
     return content
 
 
-def _fetch(address: str, path: Path) -> None:
-    """Copies what lies at an address; a network may fail a few times."""
+def _fetch(source: Source, path: Path) -> None:
+    """Copies what lies at an address; a network may fail, or end too early, a few times."""
     for pause in (*_PAUSES_SECONDS, None):
         try:
             with path.open("wb") as file:
-                for chunk in _chunks(address):
-                    file.write(chunk)
+                _copy(source, file)
         except BadMediaError:
             if pause is None:
                 raise
             time.sleep(pause)
         else:
             return
+
+
+def _copy(source: Source, file: BinaryIO) -> None:
+    """Not more bytes than were listed, where the size is known: a stream may have no end."""
+    num_bytes = 0
+    for chunk in _chunks(source.locator):
+        file.write(chunk)
+        num_bytes += len(chunk)
+        if 0 < source.num_bytes < num_bytes:
+            break
+    if source.num_bytes not in (0, num_bytes):
+        raise BadMediaError(
+            BadReason.NOT_A_FILE,
+            f"cannot be fetched: expected {source.num_bytes} bytes, got {num_bytes}"
+            + (" or more" if num_bytes > source.num_bytes else ""),
+        )
 
 
 def _chunks(address: str) -> Iterator[bytes]:
