@@ -289,6 +289,11 @@ def test_a_folder_without_a_finished_dataset_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prepared dataset") as caught:
         ShardIndex.open(tmp_path)
     assert "jepa prep run" in caught.value.remedy
+    with pytest.raises(UsageError, match=f"nowhere, looked for in {Path.cwd()}: no prepared"):
+        ShardIndex.open(Path("nowhere"))
+    # A name that no file system takes stands for whatever else a disk can answer.
+    with pytest.raises(StorageError, match="cannot be read"):
+        ShardIndex.open(tmp_path / ("x" * 300))
 
 
 def test_a_changed_index_is_refused_by_its_digest(dataset: Path) -> None:

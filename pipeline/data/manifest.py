@@ -19,16 +19,10 @@ def read_manifest(dataset_dir: Path) -> Manifest:
     Raises:
         UsageError: There is none, or it has another schema version.
         DataError: It is malformed.
+        StorageError: It cannot be read.
     """
     path = dataset_dir / MANIFEST_NAME
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise UsageError(
-            f"{dataset_dir}: no prepared dataset (no readable {MANIFEST_NAME}: {error.strerror})",
-            remedy="Prepare videos with `jepa prep run SOURCE --out FOLDER`, or correct the path.",
-        ) from error
+    text = _content(dataset_dir)
     if len(text) > _MAX_MANIFEST_BYTES:
         raise DataError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes", remedy=PREPARE_AGAIN)
     try:
@@ -91,3 +85,20 @@ def write_durably(path: Path, content: bytes) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _content(dataset_dir: Path) -> bytes:
+    try:
+        with (dataset_dir / MANIFEST_NAME).open("rb") as file:
+            return file.read(_MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        where = "" if dataset_dir.is_absolute() else f", looked for in {Path.cwd()}"
+        raise UsageError(
+            f"{dataset_dir}{where}: no prepared dataset "
+            f"(no readable {MANIFEST_NAME}: {error.strerror})",
+            remedy="Prepare videos with `jepa prep run SOURCE --out FOLDER`, or correct the path.",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"{dataset_dir / MANIFEST_NAME}: cannot be read: {error.strerror}"
+        ) from error
