@@ -13,6 +13,7 @@ from pipeline.config.report import changes
 from pipeline.errors import ConfigError, UsageError
 from pipeline.run import RunConfig
 from pipeline.track.folder import CONFIG_FILE, EVENTS_FILE
+from pipeline.track.jobs import JOBS_FILE
 from pipeline.track.metrics import read_events
 
 _VERBS: Mapping[Kind, str] = {"prep": "prep", "probe": "probe", "conduct": "conduct"}
@@ -199,9 +200,10 @@ def _node_counts(config: RunConfig, ranks: int, nodes: int, least: int) -> tuple
 
 
 def _run_of(words: Sequence[str]) -> Path | None:
-    """The first word that is the folder of a run."""
+    """The first word that is the folder of a run, of one whose job still waits as well."""
     folders = (Path(word) for word in words if not word.startswith("-"))
-    return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+    marks = (CONFIG_FILE, JOBS_FILE)
+    return next((f for f in folders if any((f / mark).is_file() for mark in marks)), None)
 
 
 def _must_be_same(run_dir: Path, config: RunConfig) -> None:

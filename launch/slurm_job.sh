@@ -306,6 +306,8 @@ case $launcher in
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$records/$job.token
     (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
     own_ray
+    # A node whose cluster has ended waits so long for it, a minute by default.
+    export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_timeout_s:-20}
     # shellcheck disable=SC2016
     step ranks "$tasks_per_node" bash -c 'PATH=$0:$PATH exec "$@"' "$records/$job.bin" \
       "${agent[@]}" "$MASTER_ADDR:$MASTER_PORT" --min-nodes "$num_nodes" \

@@ -175,6 +175,10 @@ def test_a_queued_job_is_seen_by_status_before_the_run_has_said_a_word(runs):
     )
     assert "Dependency" in job["detail"]
     assert job["stop"] == f"scancel {job['id']}"
+    stop = f"{' '.join(JEPA)} stop chained 2>&1 || true"
+    assert f"`{job['stop']}` takes that back" in runs.cluster.run(
+        "bash", "-c", stop, cwd=runs.folder
+    )
 
 
 def test_a_warning_that_comes_while_python_imports_is_kept_until_it_can_be_obeyed(runs):

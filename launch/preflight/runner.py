@@ -41,13 +41,15 @@ class Runner:
             name: Of the check.
             check: What to call.
             limit_seconds: How long it may take; less if the whole time runs out before.
-            exit_code: What it means if the check does not end.
+            exit_code: What it means if the check does not end, or breaks.
             progress: What the check was at, for that finding.
         """
         self.at, begin = "", time.monotonic()
         box: list[Finding] = []
         thread = threading.Thread(
-            target=lambda: box.append(_told(name, check, self._node)), name=name, daemon=True
+            target=lambda: box.append(_told(name, check, self._node, exit_code)),
+            name=name,
+            daemon=True,
         )
         thread.start()
         thread.join(max(0.1, min(limit_seconds, self._deadline - begin)))
@@ -70,13 +72,14 @@ class Runner:
         )
 
 
-def _told(name: str, check: Callable[[], Finding], node: str) -> Finding:
+def _told(name: str, check: Callable[[], Finding], node: str, broken: ExitCode) -> Finding:
     try:
         return check()
     except JepaError as error:
         code = error.exit_code if error.exit_code in _CODES else ExitCode.CONFIG
         got, remedy = str(error), error.remedy
     except (OSError, RuntimeError, ValueError) as error:
-        code, got = ExitCode.PEER_LOST, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # What all machines share, such as storage, is no machine's fault.
+        code, got = broken, f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
         remedy = "Look at this machine."
     return Finding(name=name, state="fail", got=got, remedy=remedy, nodes=(node,), exit_code=code)

@@ -11,6 +11,7 @@ from pipeline.report.facts import RunFacts, gather
 from pipeline.report.head import state_sentence
 from pipeline.report.html import duration, moment
 from pipeline.track.folder import STOP_FILE
+from pipeline.track.jobs import ALIVE, present_jobs
 
 
 def stop(run: Path, *, json: JsonFlag = False) -> None:
@@ -25,9 +26,13 @@ def stop(run: Path, *, json: JsonFlag = False) -> None:
     """
     facts = gather(run)
     if facts.state in ("finished", "stopped", "failed", "not started", "starting"):
+        jobs = [job for job in present_jobs(run) if job.record.kind == "train"]
+        jobs = [job for job in jobs if job.state.state in ALIVE]
         raise UsageError(
             f"{run} cannot be stopped now. {state_sentence(facts)}",
-            remedy=f"`jepa status {run}` says how it stands.",
+            remedy=f"It waits for its job to start: `{jobs[-1].record.stop}` takes that back."
+            if jobs
+            else f"`jepa status {run}` says how it stands.",
         )
     path = run / STOP_FILE
     try:

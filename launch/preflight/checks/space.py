@@ -22,12 +22,12 @@ def check_space(situation: Situation) -> Finding:
     needed = size * (most - there) + _RESERVE_BYTES
     # The next two saves must fit, or the run ends at one of them.
     least = 2 * size + _RESERVE_BYTES
-    expected = f"{_gib(needed)} for {most - there} more checkpoints of {_gib(size)}"
+    expected = f"{_size(needed)} for {most - there} more checkpoints of {_size(size)}"
     finding = Finding(
         name=NAME,
         state="ok",
         expected=expected,
-        got=f"{_gib(free)} free",
+        got=f"{_size(free)} free",
         exit_code=ExitCode.STORAGE,
         values={"free_bytes": free, "needed_bytes": needed},
     )
@@ -44,5 +44,6 @@ def check_space(situation: Situation) -> Finding:
     return finding
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
+def _size(num_bytes: float) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"
