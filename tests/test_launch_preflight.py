@@ -421,6 +421,10 @@ def test_a_check_that_breaks_is_told_and_does_not_break_the_others():
     found = Runner(time.monotonic() + 60, "here").run("x", check, limit_seconds=5)
     assert found.state == "fail"
     assert "Input/output error" in found.got
+    # Storage that no machine reaches excludes no machine.
+    runner = Runner(time.monotonic() + 60, "here")
+    shared = runner.run("x", check, limit_seconds=5, exit_code=ExitCode.STORAGE)
+    assert bad_nodes([merged("x", [answer("a", 0, shared), answer("b", 1, shared)])]) == []
 
 
 def test_findings_survive_their_way_through_json():
