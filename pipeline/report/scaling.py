@@ -43,7 +43,8 @@ def write_scaling_picture(scaling: Scaling, path: Path) -> None:
     right.legend(frameon=False)
     for axes in (left, right):
         _plain(axes)
-    figure.suptitle(f"{scaling.name} on {scaling.cluster.name}", fontsize=10)
+    title = f"{scaling.name} on {scaling.cluster.name}: reckoned, not measured"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=160)
 
 
