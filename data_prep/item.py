@@ -173,16 +173,9 @@ class _Work:
                 self._store(made, file.sha256, self._found)
 
     def _store(self, made: Material, sha256: str, found: Measured) -> None:
-        shots = found.shots_of(self._source, self._settings)
-        for span in shots.too_short:
-            least = self._settings.min_shot_seconds
-            self._reject(
-                BadReason.TOO_SHORT, f"a shot; at least {least:g} s are needed of one", span
-            )
-        plan = plan_segments(found.info, self._settings, shots.kept)
-        wanted = tuple(span for span in plan.spans if self._is_fit(span, plan, found))
-        plan = replace(plan, spans=wanted)
-        for segment in self._cut(made.content, found, plan) if wanted else ():
+        with _source_to_blame():
+            plan = self._planned(found)
+        for segment in self._cut(made.content, found, plan) if plan.spans else ():
             sample = sample_of(self._source, sha256, segment, plan.partial)
             sample |= made.members(segment.start_seconds, segment.end_seconds)
             self._writer.write(sample)
@@ -191,8 +184,21 @@ class _Work:
             self._reject(
                 # The text begins with the reason: it broke, or the file ends too early.
                 BadReason(found.info.partial.split(":")[0]),
-                f"after {found.info.duration_seconds:.3f} s, which were kept: {plan.partial}",
+                f"after {found.info.duration_seconds:.3f} s"
+                f"{', which were kept' if self._segments else ''}: {plan.partial}",
             )
+
+    def _planned(self, found: Measured) -> SegmentPlan:
+        """Where the source is cut, without what is not wanted of it."""
+        shots = found.shots_of(self._source, self._settings)
+        for span in shots.too_short:
+            least = self._settings.min_shot_seconds
+            self._reject(
+                BadReason.TOO_SHORT, f"a shot; at least {least:g} s are needed of one", span
+            )
+        plan = plan_segments(found.info, self._settings, shots.kept)
+        wanted = tuple(span for span in plan.spans if self._is_fit(span, plan, found))
+        return replace(plan, spans=wanted)
 
     def _is_fit(self, frames: tuple[int, int], plan: SegmentPlan, found: Measured) -> bool:
         """Judged before it is encoded, which is what costs most."""
@@ -228,7 +234,7 @@ class _Work:
         span: tuple[float, float] | None = None,
         figures: dict[str, float] | None = None,
     ) -> None:
-        start, end = span or (None, None)
+        start, end = (round(seconds, 6) for seconds in span) if span else (None, None)
         self._rejections.append(
             Rejection(
                 source=self._source.name,
