@@ -59,6 +59,9 @@ def test_ls_tells_stage_size_ranks_pins_and_what_is_damaged_at_a_glance(run, cap
     told = capsys.readouterr().out
     assert "not usable" in told
     assert "step 3: " in told
+    (run / "config.yaml").unlink()
+    code, told = jepa(capsys, "ls", run)
+    assert (code, told["checkpoints"][0]["stage"]) == (ExitCode.DONE, None)
 
 
 def test_a_run_without_a_checkpoint_is_a_run_and_a_folder_of_something_else_is_none(run, capsys):

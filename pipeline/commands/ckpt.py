@@ -15,7 +15,7 @@ from pipeline.checkpoint.layout import CheckpointConfig, Commit
 from pipeline.checkpoint.load import commit_of_step, find_commit, read_state, verify
 from pipeline.commands import JsonFlag, print_json
 from pipeline.config.load import load_config
-from pipeline.errors import CheckpointError, ConfigError, ExitCode, UsageError
+from pipeline.errors import CheckpointError, ExitCode, JepaError, UsageError
 from pipeline.report.html import duration
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
@@ -226,7 +226,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _stage(run: Path, step: int) -> str | None:
     try:
         return place_of_step(_config(run).stages, max(step, 1)).stage.name
-    except (ConfigError, ValueError):
+    except (JepaError, ValueError):
         return None  # the list is worth having without it
 
 
