@@ -123,6 +123,17 @@ def test_heads_of_a_sweep_learn_as_they_would_alone():
     assert both[0].curve != alone[0].curve
 
 
+def test_clips_computed_a_few_at_once_give_the_heads_that_whole_batches_give():
+    inputs = _clusters(separation=1.0)
+    whole, parts = (_fit(inputs, learning_rates=(1e-2,), at_once=n)[0] for n in (None, 3))
+    for one, other in zip(whole.head.parameters(), parts.head.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    for one, other in zip(whole.curve, parts.curve, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.validation.top1 == pytest.approx(one.validation.top1, abs=0.02)
+        assert other.validation.num_clips == 60
+
+
 def test_heldout_clips_hold_every_class_in_proportion_and_no_clip_twice():
     labels_N = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)[torch.randperm(70)]
     order, held = split_heldout(labels_N, 0.2, seed=3)
@@ -190,13 +201,13 @@ def _linear(inputs):
     return partial(LinearProbe, mean=train_NF.mean(0), std=train_NF.std(0), num_classes=4)
 
 
-def _fit(inputs, *, learning_rates):
+def _fit(inputs, *, learning_rates, at_once=None):
     plan = FitPlan(
         train=inputs.train,
         order=torch.arange(160),
         heldout=None,
         validation=Judge(inputs=inputs.validation, order=torch.arange(60)),
-        sweep=SweepConfig(learning_rates=learning_rates, epochs=3, batch=16),
+        sweep=SweepConfig(learning_rates=learning_rates, epochs=3, batch=16, clips_at_once=at_once),
         seed=0,
         device=CPU,
         autocast=None,

@@ -100,13 +100,13 @@ class StoredTokens:
         *,
         epoch: int | None = None,  # noqa: ARG002
     ) -> Iterator[InputBatch]:
-        """Batches of `size` clips in `order`, fp32."""
+        """Batches of `size` clips in `order`, bf16."""
         for rows in read_ahead(
             lambda row_B: (row_B, self._tokens.rows(row_B)), order.split(size), threads=1
         ):
             row_B, tokens_BVND = rows
             yield InputBatch(
-                inputs_BV=tokens_BVND.float(),
+                inputs_BV=tokens_BVND,
                 labels_B=self.labels_N[row_B],
                 index_B=self._index_N[row_B],
             )
@@ -148,12 +148,20 @@ class LiveInputs:
     def batches(self, order: Tensor, size: int, *, epoch: int | None) -> Iterator[InputBatch]:
         """Batches of at most `size` clips in `order`; `epoch` draws the augmentation."""
         clips = self._clips(order, epoch)
-        while group := list(islice(clips, size)):
-            video = torch.stack([clip.video_VSCTHW for clip in group])
-            parts = video.split(self._task.encode_batch)
-            tokens = torch.cat([encode(self._encoder, part, self._task.clip) for part in parts])
+        while parts := list(self._encoded(islice(clips, size))):
             yield InputBatch(
-                inputs_BV=tokens.bfloat16().float() if self._rounded else tokens,
+                inputs_BV=torch.cat([part.inputs_BV for part in parts]),
+                labels_B=torch.cat([part.labels_B for part in parts]),
+                index_B=torch.cat([part.index_B for part in parts]),
+            )
+
+    def _encoded(self, clips: Iterator[VideoClip]) -> Iterator[InputBatch]:
+        """As many clips at a time as are encoded at once: their pictures need not pile up."""
+        while group := list(islice(clips, self._task.encode_batch)):
+            video = torch.stack([clip.video_VSCTHW for clip in group])
+            tokens = encode(self._encoder, video, self._task.clip)
+            yield InputBatch(
+                inputs_BV=tokens.bfloat16() if self._rounded else tokens,
                 labels_B=torch.tensor([clip.label for clip in group]),
                 index_B=torch.tensor([clip.index for clip in group]),
             )

@@ -15,7 +15,10 @@ from pipeline.probe.tasks import SweepConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputBatch:
-    """Clips for a head: inputs [B, V, …] with V views each, classes and places in the split [B]."""
+    """Clips for a head: inputs [B, V, …] with V views each, classes and places in the split [B].
+
+    Inputs may be bf16, at half the memory; heads are given them as fp32.
+    """
 
     inputs_BV: Tensor
     labels_B: Tensor
@@ -141,6 +144,7 @@ def outcomes(
     *,
     device: torch.device,
     batch: int = 64,
+    at_once: int | None = None,
 ) -> list[Outcome]:
     """What each scorer says of the same clips; scores are averaged over a clip's views.
 
@@ -150,13 +154,16 @@ def outcomes(
         scorers: From inputs [B · V, …] to class scores that may be averaged, [B · V, classes].
         judge: The clips.
         device: Where scorers compute.
-        batch: Clips scored at once.
+        batch: Clips read at once.
+        at_once: Views of clips that a scorer computes at once; all that were read by default.
     """
     parts: list[list[Outcome]] = [[] for _ in scorers]
     for part in judge.inputs.batches(judge.order, batch, epoch=None):
         inputs = part.inputs_BV.to(device)
+        pieces = inputs.flatten(0, 1).split(at_once or len(inputs) * inputs.shape[1])
         for found, scorer in zip(parts, scorers, strict=True):
-            scores_BC = scorer(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]).mean(dim=1)
+            scores = torch.cat([scorer(piece.float()) for piece in pieces])
+            scores_BC = scores.unflatten(0, inputs.shape[:2]).mean(dim=1)
             found.append(of_scores(scores_BC, part.labels_B, part.index_B))
     return [joined(found) for found in parts]
 
@@ -201,26 +208,37 @@ def _train_step(
     inputs = batch.inputs_BV[:, 0].to(plan.device)  # training clips have one view
     labels_B = batch.labels_B.to(plan.device)
     head.train()
-    with torch.autocast(plan.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
-        logits_BC = head(inputs)
-    loss = functional.cross_entropy(logits_BC.float(), labels_B)
+    num_clips, size = len(labels_B), plan.sweep.clips_at_once or len(labels_B)
+    sums_3 = torch.zeros(3, dtype=torch.float64)
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    for piece, labels in zip(inputs.split(size), labels_B.split(size), strict=True):
+        with torch.autocast(
+            plan.device.type, dtype=plan.autocast, enabled=plan.autocast is not None
+        ):
+            logits_BC = head(piece.float())
+        # Over all clips of the update: pieces of one add up to its gradient.
+        loss = functional.cross_entropy(logits_BC.float(), labels, reduction="sum") / num_clips
+        loss.backward()
+        correct = (logits_BC.detach().argmax(dim=1) == labels).sum()
+        sums_3 += torch.tensor([loss.item() * num_clips, correct.item(), len(labels)])
     optimiser.step()
-    num_clips = len(labels_B)
-    correct = (logits_BC.detach().argmax(dim=1) == labels_B).sum()
-    return torch.tensor([loss.item() * num_clips, correct.item(), num_clips], dtype=torch.float64)
+    return sums_3
 
 
 def _judge_epoch(fitted: Sequence[FittedHead], plan: FitPlan, *, epoch: int, sums: Tensor) -> None:
     for one in fitted:
         one.head.eval()
     scorers = [head_scores(one.head, plan.device, plan.autocast) for one in fitted]
+    at_once = plan.sweep.clips_at_once
+    # Three views of a clip, and tokens on the GPU already: few clips where few fit.
+    batch = 64 if at_once is None else min(64, 4 * at_once)
     heldout: list[Accuracy | None] = [None] * len(fitted)
     if plan.heldout is not None:
-        judged = outcomes(scorers, plan.heldout, device=plan.device)
+        judged = outcomes(scorers, plan.heldout, device=plan.device, batch=batch, at_once=at_once)
         heldout = [outcome.accuracy for outcome in judged]
-    validation = outcomes(scorers, plan.validation, device=plan.device)
+    validation = outcomes(
+        scorers, plan.validation, device=plan.device, batch=batch, at_once=at_once
+    )
     for row, (loss, correct, clips) in enumerate(sums.tolist()):
         one, outcome = fitted[row], validation[row]
         score = EpochScore(

@@ -115,6 +115,10 @@ class SweepConfig(Section):
     """Passes over the training clips."""
     batch: int = Field(default=256, ge=1)
     """Clips per update."""
+    clips_at_once: int | None = Field(default=None, ge=1)
+    """Clips that a head computes at once; gradients of an update are summed over them, so scores
+    are the same but for rounding. Lower it where a GPU's memory is full; all of `batch` by
+    default."""
 
 
 class AttentiveConfig(SweepConfig):
