@@ -17,6 +17,7 @@ from pipeline.conduct.jobs import (
     Wanted,
     can_begin,
     in_order,
+    one_at_a_time,
     open_jobs,
     seen_commits,
     settled_from,
@@ -138,6 +139,24 @@ def test_the_mirror_loses_only_what_is_gone_here_and_newer_in_both_places(run):
         note(settled, "gone", job)
     found = open_now(run, wanted(), settled)
     assert [(job.kind, job.step) for job in found] == [("unmirror", 10)]
+
+
+def test_what_writes_one_place_is_done_one_after_the_other(run):
+    settled = Settled()
+    for job in open_now(run, wanted(), settled):
+        if job.kind == "verify":
+            note(settled, "done", job)
+    ready = in_order(open_now(run, wanted(), settled))
+    first = one_at_a_time(ready, [])
+    assert [job.step for job in first if job.kind == "mirror"] == [0]
+    assert [job for job in ready if job.kind != "mirror"] == [
+        j for j in first if j.kind != "mirror"
+    ]
+    unmirror = Job(kind="unmirror", step=10, mark="gone", version="v")
+    for busy in (first[0], unmirror):
+        assert all(job.kind != "mirror" for job in one_at_a_time(ready, [busy.key]))
+    (probe,) = [job for job in first if job.kind == "probe"][:1]
+    assert one_at_a_time(ready, [probe.key]) == first
 
 
 def test_a_journal_that_is_read_again_says_the_same(run):

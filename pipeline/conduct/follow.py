@@ -12,6 +12,7 @@ from pipeline.conduct.jobs import (
     Wanted,
     can_begin,
     in_order,
+    one_at_a_time,
     open_jobs,
     seen_commits,
     settled_from,
@@ -122,7 +123,7 @@ class Follow:
                 self._note_recorded(job)
         jobs = [job for job in self.open_jobs() if self._may_begin(job)]
         self._retain()
-        return in_order(jobs)
+        return one_at_a_time(in_order(jobs), self._in_flight)
 
     def open_jobs(self) -> list[Job]:
         """All that is still to be done with what is there."""
@@ -184,11 +185,8 @@ class Follow:
     def _may_begin(self, job: Job) -> bool:
         if job.key in self._in_flight or not can_begin(job, self.settled):
             return False
-        if job.kind == "record":
-            # The run's own uploading process does it within seconds; else one job sends all.
-            is_sent = any(key.startswith("record") for key in self._in_flight)
-            if is_sent or is_owned(self.run_dir):
-                return False
+        if job.kind == "record" and is_owned(self.run_dir):
+            return False  # the run's own uploading process does it within seconds
         return time.monotonic() >= self._not_before.get(job.key, 0.0)
 
     def _note_recorded(self, job: Job) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +14,8 @@ from pipeline.track.journal import JournalEntry
 Kind = Literal["verify", "mirror", "export", "probe", "record", "unmirror"]
 """In the order in which they are done."""
 _ORDER: tuple[Kind, ...] = get_args(Kind)
+_PLACES = {"mirror": "mirror", "unmirror": "mirror", "record": "MLflow"}
+"""What a job writes that other jobs of the run write as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +191,25 @@ def can_begin(job: Job, settled: Settled) -> bool:
 def in_order(jobs: Iterable[Job]) -> list[Job]:
     """Safety first, then what makes others wait least: by kind, older checkpoints before newer."""
     return sorted(jobs, key=lambda job: (_ORDER.index(job.kind), job.step, job.name))
+
+
+def one_at_a_time(jobs: Iterable[Job], in_flight: Collection[str]) -> list[Job]:
+    """Leaves the first of those jobs that write one place, and none while such a one goes on.
+
+    Side by side, the mirroring of an older checkpoint would set a newer one aside that came first.
+
+    Args:
+        jobs: Of one run, most urgent first.
+        in_flight: Keys of those that have begun.
+    """
+    taken = {_PLACES.get(key.split("@")[0].split("~")[0]) for key in in_flight}
+    left = []
+    for job in jobs:
+        place = _PLACES.get(job.kind)
+        if place is None or place not in taken:
+            left.append(job)
+            taken.add(place)
+    return left
 
 
 def digest(text: str) -> str:
