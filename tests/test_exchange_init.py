@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import layout
 from pipeline.cli import main
-from pipeline.errors import ExitCode
+from pipeline.errors import CheckpointError, ExitCode
 from pipeline.exchange import load_encoder
 from pipeline.exchange.open import commit_tensors, open_networks
 from pipeline.report.facts import gather
@@ -166,6 +167,24 @@ def test_jepa_train_starts_from_weights_and_tells_everywhere(given, tmp_path):
         "32 clips",
     ):
         assert part in card, part
+
+
+def test_weights_that_are_not_finite_start_no_run_and_get_no_score(given, tmp_path, capsys):
+    folder, _ = given
+    write_dataset(tmp_path / "data", 12)
+    config = write_config(tmp_path, "never")
+    export = ["ckpt", "export", str(folder / "both"), str(tmp_path / "hf"), "--format", "hf"]
+    assert main([*export, "--no-check", "--resolution", "32", "--frames", "4"]) == 0
+    assert main(["train", str(config), "--dry-run", f"init_from={tmp_path / 'hf'}"]) == 0
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["encoder.layernorm.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["train", str(config), "--dry-run", f"init_from={tmp_path / 'hf'}"]) == 78
+    assert "norm.bias holds numbers that are not finite" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"norm\.bias holds numbers that are not finite"):
+        load_encoder(tmp_path / "hf")
 
 
 def test_a_probe_of_an_exchange_folder_is_the_probe_of_its_checkpoint(given, tmp_path, capsys):

@@ -62,7 +62,7 @@ def make_tracker(config, run_dir, *, resume=False, terminal=False, **options):
     return tracker, text
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=300.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "what was waited for never came"

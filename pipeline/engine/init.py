@@ -57,7 +57,7 @@ def check_weights(config: RunConfig) -> None:
         ConfigError: The run's networks are others; everything that differs is named.
     """
     if config.init_from is not None:
-        _must_fit(config, open_networks(config.init_from))
+        _must_be_good(config, open_networks(config.init_from))
 
 
 def open_initial(config: RunConfig) -> Source | None:
@@ -75,7 +75,7 @@ def open_initial(config: RunConfig) -> Source | None:
     if dist.get_rank() == 0:
         try:
             source = open_networks(config.init_from)
-            _must_fit(config, source)
+            _must_be_good(config, source)
         except JepaError as error:
             problem[0] = error
     dist.broadcast_object_list(problem, src=0)
@@ -132,6 +132,12 @@ class _Slices:
         if self._last is None or self._last[0] != name:
             self._last = (name, self._tensors.read(name).float().flatten())
         return self._last[1][start:stop]
+
+
+def _must_be_good(config: RunConfig, source: Source) -> None:
+    _must_fit(config, source)
+    for _ in source.tensors.finite():
+        pass
 
 
 def _must_fit(config: RunConfig, source: Source) -> None:

@@ -33,7 +33,8 @@ def load_encoder(
 
     Raises:
         UsageError: There is nothing of the kind at `path`.
-        CheckpointError: It is damaged, or holds the other encoder alone.
+        CheckpointError: It is damaged, holds the other encoder alone, or numbers that are not
+            finite, whose features would be scored like any others.
     """
     return build_encoder(open_networks(Path(path), step), which)
 
@@ -64,6 +65,6 @@ def build_predictor(source: Source) -> Predictor:
 
 
 def _filled(module: _Network, tensors: Tensors) -> _Network:
-    state = {name: tensor.float() for name, tensor in tensors}
+    state = {name: tensor.float() for name, tensor in tensors.finite()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)

@@ -32,6 +32,20 @@ class Tensors:
         for name in self.shapes:
             yield name, self.read(name)
 
+    def finite(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors one after the other, as iterating gives them.
+
+        Raises:
+            CheckpointError: One of them holds a number that is not finite.
+        """
+        for name, tensor in self:
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"{name} holds numbers that are not finite, so these networks compute nothing.",
+                    remedy="Take an older checkpoint, or fetch the file again.",
+                )
+            yield name, tensor
+
     def below(self, prefix: str) -> "Tensors":
         """Those whose names begin with `prefix`, by the rest of their names."""
         found = {n.removeprefix(prefix): s for n, s in self.shapes.items() if n.startswith(prefix)}
