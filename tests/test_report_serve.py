@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -110,6 +111,28 @@ def test_it_listens_on_the_loopback_alone(served):
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening == "127.0.0.1"
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_is_told_and_the_page_comes_back(run, served):
+    def wait_for(what):
+        deadline = time.monotonic() + 120
+        while not what(told := json.loads(served.get("/state")[1])):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.1)
+
+    served.get("/")
+    probes = run.path / "probes"
+    aside = probes.with_name("aside")
+    if probes.exists():
+        probes.rename(aside)
+    probes.write_text("a file where a folder was")
+    wait_for(lambda told: "Cannot read" in (told["problem"] or ""))
+    assert b"</html>" in served.get("/")[1], "the last page stays"
+    probes.unlink()
+    if aside.exists():
+        aside.rename(probes)
+    run.steps(61, 80)
+    wait_for(lambda told: (told["problem"], told["step"]) == (None, 80))
 
 
 def test_a_port_that_is_taken_and_flags_that_contradict_are_answered(served, run, capsys):

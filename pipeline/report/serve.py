@@ -88,7 +88,11 @@ class LivePage:
         while not self._end.is_set():
             now = time.monotonic()
             is_watched = now - self._asked < _WATCHED_SECONDS or not self._first.is_set()
-            stamps = _stamps(self._run_dir) if is_watched else seen
+            try:
+                stamps = _stamps(self._run_dir) if is_watched else seen
+            except StorageError as error:
+                self._problem = str(error)  # a file system may come back; the page says so
+                stamps = seen
             if stamps != seen or (is_watched and now - drawn > _OLDEST_SECONDS):
                 self._draw_once()
                 seen, drawn = stamps, time.monotonic()
