@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from pipeline.cli import main
 from pipeline.clip import Grid
 from pipeline.config.load import load_config, resolved_yaml
+from pipeline.errors import StorageError
 from pipeline.report.charts import Chart, Series, Span, svg
 from pipeline.report.encoders import clip_plan, draw_feature_maps, whole_clips
 from pipeline.report.facts import gather
@@ -73,6 +74,20 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(finished):
     return write_report(finished, out=finished / "page.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    run = RunFolder(tmp_path / "run").start().steps(1, 3).path
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError) as caught:
+        write_report(run, out=tmp_path / "folder")
+    assert str(caught.value) == f"Cannot write the report to {tmp_path / 'folder'}: Is a directory"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
+
+
+def test_a_name_that_is_no_text_stands_in_the_page_by_its_number(tmp_path):
+    run = RunFolder(tmp_path / "bad\udcff" / "run").start().steps(1, 3).path
+    assert r"bad\udcff" in write_report(run).read_text()
 
 
 def test_the_page_is_one_file_of_well_formed_html(page):

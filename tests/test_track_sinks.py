@@ -391,7 +391,7 @@ def test_points_missed_while_a_real_server_was_down_arrive_once(run_dir, tmp_pat
     command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     try:
-        wait_until(lambda: can_connect(port), 90)
+        wait_until(lambda: can_connect(port))
         tracker, _ = make_tracker(config, run_dir, resume=True)
         for step in range(11, 21):
             tracker.log(report(step))

@@ -1,12 +1,11 @@
 """The whole page: one HTML file that needs no other."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import StorageError
+from pipeline.files import write_atomically
 from pipeline.report.choices import choices_section
 from pipeline.report.confusion import confusion_section
 from pipeline.report.curves import features_section, loss_section, schedule_section, speed_section
@@ -25,7 +24,7 @@ from pipeline.report.tables import (
     stage_section,
     time_section,
 )
-from pipeline.track.folder import REPORT_FILE
+from pipeline.track.folder import PROBE_FOLDER, REPORT_FILE
 
 
 def write_report(
@@ -53,13 +52,11 @@ def write_report(
     path = out or run_dir / REPORT_FILE
     html = render(gather(run_dir), feature_maps, left_out)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        # File names are bytes; what is no UTF-8 in them is written by its number.
+        write_atomically(path, html.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise StorageError(f"Cannot write the report to {path}: {error}") from error
+        reason = error.strerror or error
+        raise StorageError(f"Cannot write the report to {path}: {reason}") from error
     return path
 
 
@@ -73,7 +70,7 @@ def render(
     body = (
         head(facts, comparisons),
         probe_section(facts, comparisons),
-        confusion_section(facts.run_dir),
+        confusion_section(facts.run_dir / PROBE_FOLDER),
         loss_section(facts),
         features_section(facts),
         maps_section(facts, feature_maps, left_out),
