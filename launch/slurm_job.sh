@@ -109,11 +109,12 @@ final_code() {
   done
 }
 
-# Removes this start's folder from the nodes' own disks.
+# Removes this job's folders from the nodes' own disks, those of starts that were ended as well.
+# shellcheck disable=SC2016
 tidy() {
   if [[ $TORCH_EXTENSIONS_DIR != "$own"/* ]] || [ "$late" = 1 ]; then return; fi
   timeout 30 srun --overlap --nodes="$num_nodes" --nodelist="$list" --ntasks="$num_nodes" \
-    --ntasks-per-node=1 rm -rf -- "$own" || say "$own is left on a node"
+    --ntasks-per-node=1 bash -c 'rm -rf -- "$0".*' "${own%.*}" || say "$own is left on a node"
 }
 
 finish() { tidy; exit "$1"; }
@@ -267,7 +268,7 @@ export SLURM_EXPORT_ENV=ALL
 export PYTHONUNBUFFERED=1
 # A folder of this start alone: an operator's build that was killed leaves a lock behind, for
 # which the next one would wait for ever.
-own=$scratch/jepa-$job.$attempt
+own=$scratch/jepa-${SLURM_CLUSTER_NAME:-slurm}-$job.$attempt
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$own/torch_extensions}
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then    # not told by Slurm before 23.02
   ends=$(squeue --noheader --jobs="$target" --format=%e 2>/dev/null)

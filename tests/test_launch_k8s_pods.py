@@ -156,7 +156,7 @@ def test_a_shell_as_process_1_would_keep_the_signal_back(tmp_path):
         shell.kill()
 
 
-def start_pods(config: Path, folder: Path) -> list[subprocess.Popen]:
+def start_pods(config: Path, folder: Path, *, checked: bool = True) -> list[subprocess.Popen]:
     """The two pods of the JobSet that a run becomes, each as process 1 where permitted.
 
     Here there is no network of pods and no ConfigMap: both are named as they are here.
@@ -164,6 +164,7 @@ def start_pods(config: Path, folder: Path) -> list[subprocess.Popen]:
     site = Site(
         python=sys.executable, image="i:1", memory_gib=66, nodes=2, gpus_per_node=0,
         environment={"OMP_NUM_THREADS": "1"}, k8s=KubernetesSite(check_seconds=300),
+        preflight=checked,
     )  # fmt: skip
     job = JobSpec(
         name=config.stem, kind="train", argv=("train", str(config), "--or-resume"),
@@ -228,7 +229,7 @@ def test_pods_save_when_told_and_go_on_as_if_nothing_had_been(folder, losses):
     assert [code for code, _ in ended] == [75, 75], ended
     saved = len(read_metrics(run))
     assert saved < NUM_STEPS
-    pods = start_pods(config, folder)
+    pods = start_pods(config, folder, checked=False)
     wait_until(lambda: has_step(run, saved + 3), "further steps", PATIENCE_SECONDS)
     code, output = finish(jepa("stop", run), PATIENCE_SECONDS)
     assert code == 0, output

@@ -212,6 +212,12 @@ def test_the_configuration_is_frozen_when_the_job_is_made(tmp_path, monkeypatch)
     assert job.argv[1] == str(job.config_path)
     assert "seed: 7\n" in (job.config_text or "")
     assert job.run_dir == tmp_path / "runs/tiny-cpu"
+    assert job.grace_seconds == 180
+    job.run_dir.mkdir(parents=True)
+    told = '{"time": 1.0, "event": "save", "step": 2, "behind_seconds": 200.5}\n'
+    (job.run_dir / "events.jsonl").write_text(told)
+    again = prepare(words, Request(site=FILES / "site-cpu.yaml", ranks_per_node=2)).job
+    assert again.grace_seconds == 201 + 60, "as long as the longest save, and a step"
     assert job.environment == {"OMP_NUM_THREADS": "1"}
 
 

@@ -190,6 +190,7 @@ def test_a_stale_lock_of_a_killed_build_is_not_met_by_the_next_start(toys):
     told = re.findall(r"lock (\S+) is there: (\w+)", toys.log("lock"))
     assert [there for _, there in told] == ["False", "False"]
     assert len({path for path, _ in told}) == 2, "a folder of each start alone"
+    assert not [path for path, _ in told if Path(path).parents[1].exists()], "none is left behind"
 
 
 def test_no_shell_stands_between_slurm_and_a_rank(toys):
