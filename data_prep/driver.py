@@ -30,9 +30,11 @@ _DEATHS_PER_ITEM = 2
 _MACHINES_PER_ITEM = 4
 # In a row, none of them at a source.
 _DEATHS_WITHOUT_ITEM = 3
-# A worker is at a source for two passes at most; after that it hangs inside the decoder.
-_PASSES = 2
+# A worker is at a source for three passes at most, and may have to fetch it over a slow line; after
+# that it hangs inside the decoder.
+_PASSES = 3
 _SLACK_SECONDS = 60.0
+_LEAST_BYTES_PER_SECOND = 1e6
 
 Job = TypeVar("Job", ItemJob, ShardJob)
 Result = TypeVar("Result")
@@ -246,5 +248,6 @@ class _Items(_Crew[ItemJob, ItemDone]):
         self._begun = {item: self._begun.get(item, now) for item in there}
         for task, job in running.items():
             limit = _PASSES * job.settings.time_limit_seconds + _SLACK_SECONDS
+            limit += job.source.num_bytes / _LEAST_BYTES_PER_SECOND
             if job.item in there and now - self._begun[job.item] > limit:
                 self._ray.cancel(task, force=True)
