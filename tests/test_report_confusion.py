@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pipeline.probe.evaluate import run_probe
 from pipeline.probe.records import ProbeRequest
 from pipeline.report.confusion import confusion_section, probe_details
 from pipeline.report.page import write_report
+from pipeline.report.probe_page import write_probe_page
 from pipeline.track.folder import read_probes
 from tests.probe_data import ssv2_task, write_run, write_ssv2
 
@@ -63,7 +65,7 @@ def test_one_file_per_checkpoint_and_task_holds_every_head_seed_class_and_fault(
 
 
 def test_the_report_shows_the_newest_checkpoints_best_head_with_pictures(run):
-    (detail,) = probe_details(run)
+    (detail,) = probe_details(run / "probes")
     assert (detail.task, detail.step) == ("squares", 20)
     assert detail.counts().sum() == 6
     page = write_report(run).read_text()
@@ -71,6 +73,24 @@ def test_the_report_shows_the_newest_checkpoints_best_head_with_pictures(run):
     assert "Moving something left" in part
     assert "Hardest clips" in part
     assert len(re.findall(r'<img alt="\d+: ', part)) == 6
+
+
+def test_results_have_a_page_without_a_run_and_the_students_are_kept_apart(run, tmp_path):
+    folder = tmp_path / "probes"
+    shutil.copytree(run / "probes", folder)
+    told = json.loads((folder / "squares-step00000020-teacher.json").read_text())
+    imported = {**told, "step": None, "task": "given"}
+    (folder / "given-imported-teacher.json").write_text(json.dumps(imported))
+    student = json.dumps({**told, "which": "student"})
+    (folder / "squares-step00000020-student.json").write_text(student)
+    page = write_probe_page(folder).read_text()
+    assert f"Probes of {tmp_path.name}" in page
+    for part in ("imported, teacher", "step 20, student", "head, imported weights"):
+        assert part in page
+    assert {one.which for one in probe_details(folder)} == {"teacher"}
+    assert len(re.findall(r'<img alt="\d+: ', page)) == 6
+    compared = {(one.head, one.step) for one in read_probes(tmp_path)}
+    assert {("linear", 20), ("linear (student)", 20)} <= compared
 
 
 def test_hostile_names_stay_text_and_many_classes_become_a_picture(tmp_path):
@@ -87,7 +107,7 @@ def test_hostile_names_stay_text_and_many_classes_become_a_picture(tmp_path):
     told = {"task": "many", "step": 5, "class_names": names, "scores": [score]}
     (tmp_path / "probes").mkdir()
     (tmp_path / "probes" / "many.json").write_text(json.dumps(told))
-    html = confusion_section(tmp_path)
+    html = confusion_section(tmp_path / "probes")
     assert "confusion of classes, by their numbers" in html
     assert "&lt;b&gt;class 3&lt;/b&gt;" in html
     assert "<b>" not in html
@@ -99,10 +119,10 @@ def test_pictures_that_are_damaged_are_named_and_those_that_are_gone_are_not_mis
     whole = path.read_bytes()
     try:
         path.unlink()
-        assert "without pictures" in confusion_section(run)
+        assert "without pictures" in confusion_section(run / "probes")
         path.write_bytes(b"PK garbage")
         with pytest.raises(StorageError, match="cannot read"):
-            confusion_section(run)
+            confusion_section(run / "probes")
     finally:
         path.write_bytes(whole)
     assert all(strip.dtype == np.uint8 for strip in np.load(path).values())
@@ -111,4 +131,4 @@ def test_pictures_that_are_damaged_are_named_and_those_that_are_gone_are_not_mis
 def test_a_run_whose_results_tell_no_confusion_has_no_such_section(tmp_path):
     (tmp_path / "probes").mkdir()
     (tmp_path / "probes" / "old.json").write_text(json.dumps({"task": "t", "top1": 0.5}))
-    assert confusion_section(tmp_path) == ""
+    assert confusion_section(tmp_path / "probes") == ""

@@ -30,6 +30,7 @@ from pipeline.probe.frozen import Which
 from pipeline.probe.records import ProbeProgress, ProbeRecord, ProbeRequest
 from pipeline.probe.task_files import find_task
 from pipeline.probe.tasks import HeadName, TaskConfig
+from pipeline.report.probe_page import write_probe_page
 from pipeline.track.folder import PROBE_FOLDER
 
 _ALL_HEADS: tuple[HeadName, ...] = ("attentive", "linear", "knn")
@@ -80,8 +81,9 @@ def probe(
 
     The encoder is not changed: videos are encoded once, then small heads are fitted on the
     tokens. Step 0 is the untrained encoder, the floor that training has to leave. Each step gives
-    one file in `RUN/probes` with the scores of all heads and seeds; encoded features are kept in
-    `RUN/probes/cache`, which may be deleted at any time.
+    one file in `RUN/probes` with the scores of all heads and seeds, and probes.html there shows
+    confusion and hardest clips; encoded features are kept in `RUN/probes/cache`, which may be
+    deleted at any time.
 
     Args:
         checkpoint: Folder of a run (its newest checkpoint is taken), of one checkpoint, an
@@ -112,6 +114,7 @@ def probe(
     if asked.export_head is not None and len(requests) > 1:
         raise UsageError("--export-head takes one checkpoint, got several --steps")
     records = _run_all(requests, asked)
+    page = write_probe_page(requests[0].out)
     if asked.export_head is not None:
         _export(requests[0], asked.export_head)
     if json:
@@ -121,6 +124,7 @@ def probe(
     console = Console(highlight=False)
     for part in render(records, requests[0].out):
         console.print(part)
+    console.print(f"confusion and hardest clips: {page}", markup=False, soft_wrap=True)
 
 
 def _heads(asked: ProbeOptions) -> tuple[HeadName, ...]:

@@ -85,7 +85,7 @@ def _footer(records: Sequence[ProbeRecord], out: Path) -> list[str]:
     if faults:
         words = ", ".join(f"{num} of {name}" for name, num in faults.items())
         lines.append(f"Videos left out as missing or undecodable: {words}.")
-    return [*lines, f"{len(records)} results in {out}"]
+    return [*lines, f"{len(records)} result{'s' * (len(records) != 1)} in {out}"]
 
 
 def _other_rules(records: Sequence[ProbeRecord]) -> list[str]:

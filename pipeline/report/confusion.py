@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import StorageError
 from pipeline.report.charts import picture
 from pipeline.report.html import Markup, figure, figures, folded, percent, section, table, text
-from pipeline.track.folder import PROBE_FOLDER, PROBE_PICTURES, read_json_object
+from pipeline.track.folder import PROBE_PICTURES, read_json_object
 
 _MOST_NAMED, _MOST_PAIRS, _MOST_HARD = 24, 8, 8
 _PICTURE_PIXELS = 480
@@ -21,12 +21,20 @@ class ProbeDetail:
     """The best head on the newest checkpoint of one task."""
 
     task: str
-    step: int
+    step: int | None
+    """None for weights whose origin does not tell a step."""
+    which: str
+    """The encoder: the teacher or the student."""
     stem: str
     """Name of its files."""
     class_names: tuple[str, ...]
     score: Mapping[str, Any]
     """One of the file's `scores`."""
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """Of two results on a task the higher is shown: the newest, of one step the teacher's."""
+        return self.step or 0, self.which != "student"
 
     def counts(self) -> np.ndarray:
         """Clips by class and answer, int64 [C, C]."""
@@ -36,33 +44,37 @@ class ProbeDetail:
         return counts
 
 
-def probe_details(run_dir: Path) -> list[ProbeDetail]:
+def probe_details(folder: Path) -> list[ProbeDetail]:
     """For every task the newest checkpoint's best head, of those results that tell confusion.
+
+    Args:
+        folder: `RUN/probes`, or the folder that `jepa probe --out` was given.
 
     Raises:
         StorageError: A file of the probe folder cannot be read.
     """
     newest: dict[str, ProbeDetail] = {}
-    for path in sorted((run_dir / PROBE_FOLDER).glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         content = read_json_object(path)
         scores = [score for score in content.get("scores", []) if score.get("confusion")]
         if not scores:
             continue
         found = ProbeDetail(
             task=str(content["task"]),
-            step=int(content.get("step") or 0),
+            step=content.get("step"),
+            which=str(content.get("which", "teacher")),
             stem=path.stem,
             class_names=tuple(str(name) for name in content["class_names"]),
             score=max(scores, key=lambda score: score["top1"]),
         )
-        if found.task not in newest or found.step > newest[found.task].step:
+        if found.task not in newest or found.rank > newest[found.task].rank:
             newest[found.task] = found
     return list(newest.values())
 
 
-def confusion_section(run_dir: Path) -> str:
+def confusion_section(folder: Path) -> str:
     """Confusion, classes and hardest clips of every task; nothing where no result tells them."""
-    parts = [_detail(run_dir, detail) for detail in probe_details(run_dir)]
+    parts = [_detail(folder, detail) for detail in probe_details(folder)]
     if not parts:
         return ""
     lead = (
@@ -72,10 +84,12 @@ def confusion_section(run_dir: Path) -> str:
     return section("Where the probe is wrong", *parts, lead=lead)
 
 
-def _detail(run_dir: Path, detail: ProbeDetail) -> str:
+def _detail(folder: Path, detail: ProbeDetail) -> str:
     score = detail.score
+    of = "imported weights" if detail.step is None else f"step {detail.step}"
+    of += ", student" if detail.which == "student" else ""
     title = (
-        f"{detail.task}, {score['head']} head, step {detail.step}: {percent(score['top1'])} right "
+        f"{detail.task}, {score['head']} head, {of}: {percent(score['top1'])} right "
         f"of {score['num_val']} clips"
     )
     counts_CC = detail.counts()
@@ -90,7 +104,7 @@ def _detail(run_dir: Path, detail: ProbeDetail) -> str:
     classes = table(("class, hardest first", "clips", "right"), rows)
     return (
         f"<h3>{text(title)}</h3>{drawn}{_pairs(detail, counts_CC)}"
-        f"{folded('All classes', classes)}{_hardest(run_dir, detail)}"
+        f"{folded('All classes', classes)}{_hardest(folder, detail)}"
     )
 
 
@@ -143,8 +157,8 @@ def _pairs(detail: ProbeDetail, counts_CC: np.ndarray) -> str:
     return table(("to be seen", "taken for", "clips"), rows, 2) if rows else ""
 
 
-def _hardest(run_dir: Path, detail: ProbeDetail) -> str:
-    strips = _pictures(run_dir / PROBE_FOLDER / PROBE_PICTURES / f"{detail.stem}.npz")
+def _hardest(folder: Path, detail: ProbeDetail) -> str:
+    strips = _pictures(folder / PROBE_PICTURES / f"{detail.stem}.npz")
     names = detail.class_names
     drawn, rows = [], []
     for clip in _clips(detail)[:_MOST_HARD]:

@@ -34,6 +34,7 @@ class ProbeScore:
     name: str
     task: str
     head: str
+    """With ` (student)` behind it where not the teacher was probed: their scores do not compare."""
     step: int | None
     """Training step of the probed checkpoint; 0 for the untrained encoder."""
     trained: bool
@@ -154,10 +155,11 @@ def probe_records(path: Path) -> list[dict[str, Any]]:
 def _probe_score(path: Path, record: dict[str, Any]) -> ProbeScore:
     step = record.get("step")
     untrained = step == 0 or str(record.get("which")) == "untrained"
+    is_student = record.get("which") == "student"
     return ProbeScore(
         name=record["name"],
         task=str(record.get("task", "task")),
-        head=str(record.get("head", "head")),
+        head=f"{record.get('head', 'head')}{' (student)' if is_student else ''}",
         step=step,
         trained=not untrained,
         top1=float(record["top1"]),
