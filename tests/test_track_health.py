@@ -177,6 +177,18 @@ def test_an_alarm_is_raised_once_when_features_become_worse_and_not_before():
     assert told[0][1].startswith("the features went from healthy to collapsed: Nearly all")
 
 
+def test_the_fall_that_healthy_runs_begin_with_calls_nobody_and_a_collapse_after_it_does():
+    watch, told, states = HealthWatch(), [], set()
+    ranks = [48, 40, 30, 22, 17, 16, 16, 17, 20, 24, 26, 26, 1.2, 1.2, 1.2]
+    for report in history(falling(10 * len(ranks)), ranks):
+        told += [(report.step, alarm) for alarm in watch.watch(report)]
+        states |= {(report.step, watch.state)} if report.health else set()
+    assert [step for step, _ in told] == [131]
+    assert "to collapsed" in told[0][1]
+    assert (61, "watch") in states  # whoever looks is told
+    assert (101, "healthy") in states
+
+
 def test_evidence_gives_value_limit_and_since_when():
     health = verdict(history(falling(60), [20, 20, 20, 1.2, 1.2, 1.2], std=0.5))
     by_signal = {one.signal: one for one in health.evidence}

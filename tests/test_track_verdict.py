@@ -173,6 +173,18 @@ def test_means_over_other_tasks_do_not_compare_and_a_half_done_step_waits():
     assert best_steps(scores, "nothing", SAVES) == []
 
 
+def test_a_checkpoint_that_alone_was_given_more_heads_ends_no_comparison():
+    scores = [score(20, 0.5), score(40, 0.8), score(60, 0.4), score(60, 0.1, head="attentive")]
+    trend = probe_trend(scores)
+    assert [(point.step, point.score) for point in trend.points] == [
+        (20, 0.5),
+        (40, 0.8),
+        (60, 0.4),
+    ]
+    alone = judge(history(curve(SHAPES["falling"])), scores[2:], there())
+    assert "it is the only one with probe scores, 25.0%" in alone.keep.sentence
+
+
 def test_the_teacher_that_follows_runs_behind_or_is_the_student_is_told():
     healthy = history(curve(SHAPES["falling"]))
 

@@ -29,6 +29,9 @@ class Health:
     sentences: tuple[str, ...]
     evidence: tuple[Evidence, ...] = ()
     """Every signal that has a limit."""
+    alarm: State = "healthy"
+    """The state without the fall of the rank that nearly every healthy run begins with: one looks
+    at that in the report, and nobody is called for it."""
 
 
 def verdict(history: Sequence[StepReport]) -> Health:
@@ -56,7 +59,9 @@ def verdict(history: Sequence[StepReport]) -> Health:
         *_skipped(history),
         *_too_early(measured),
     ]
-    state = WORSE[max((WORSE.index(state) for state, _ in found), default=0)]
+    alarm = _worst(found)
+    found += _only_fell(measured)
+    state = _worst(found)
     reasons = [sentence for _, sentence in sorted(found, key=lambda f: -WORSE.index(f[0]))]
     if state == "healthy":
         reasons = [_healthy_sentence(measured)]
@@ -64,6 +69,7 @@ def verdict(history: Sequence[StepReport]) -> Health:
         state=state,
         sentences=(*reasons, *_loss_sentence(history, measured, state)),
         evidence=evidence(measured),
+        alarm=alarm,
     )
 
 
@@ -73,6 +79,7 @@ class HealthWatch:
     def __init__(self) -> None:
         self._measured: deque[StepReport] = deque(maxlen=_KEPT)
         self._state: State = "watch"
+        self._alarm: State = "watch"
 
     @property
     def state(self) -> State:
@@ -91,10 +98,14 @@ class HealthWatch:
         if len(self._measured) < SMOOTH:
             return []
         now = verdict(list(self._measured))
-        was, self._state = self._state, now.state
-        if WORSE.index(now.state) <= max(WORSE.index(was), WORSE.index("healthy")):
+        was, self._state, self._alarm = self._alarm, now.state, now.alarm
+        if WORSE.index(now.alarm) <= WORSE.index(was):
             return []
-        return [f"the features went from {was} to {now.state}: {' '.join(now.sentences)}"]
+        return [f"the features went from {was} to {now.alarm}: {' '.join(now.sentences)}"]
+
+
+def _worst(found: Sequence[tuple[State, str]]) -> State:
+    return WORSE[max((WORSE.index(state) for state, _ in found), default=0)]
 
 
 def _broken_limits(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
@@ -114,28 +125,28 @@ def _broken_limits(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
 
 
 def _lost_rank(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
-    # Another stage has other clips, and often another number of them: ranks do not compare.
-    stage = measured[-1].stage
-    ranks = _series([report for report in measured if report.stage == stage], "effective_rank")
-    smooth = _smooth(ranks)
-    if not smooth:
-        return []
-    peak, last = _peak_since_turn(smooth), smooth[-1]
-    best = None if peak is None else smooth[peak]
-    if best is not None and last < best / 2:
+    smooth = _ranks_of_stage(measured)
+    peak = _peak_since_turn(smooth) if smooth else None
+    if peak is not None and smooth[-1] < smooth[peak] / 2:
         return [
             (
                 "watch",
-                f"The effective rank fell to {last:.1f} from a best of {best:.1f}: part of what "
-                "was learned is being given up. If it goes on, resume from an earlier checkpoint "
-                "with a lower learning rate or a higher teacher momentum.",
+                f"The effective rank fell to {smooth[-1]:.1f} from a best of {smooth[peak]:.1f}: "
+                "part of what was learned is being given up. If it goes on, resume from an earlier "
+                "checkpoint with a lower learning rate or a higher teacher momentum.",
             )
         ]
-    if best is None and last < smooth[0] / 2:
+    return []
+
+
+def _only_fell(measured: Sequence[StepReport]) -> list[tuple[State, str]]:
+    smooth = _ranks_of_stage(measured)
+    if smooth and _peak_since_turn(smooth) is None and smooth[-1] < smooth[0] / 2:
         return [
             (
                 "watch",
-                f"The effective rank has only fallen so far, from {smooth[0]:.1f} to {last:.1f}. "
+                f"The effective rank has only fallen so far, from {smooth[0]:.1f} to "
+                f"{smooth[-1]:.1f}. "
                 "Untrained features have a high rank that means nothing, so a fall at the start is "
                 "usual; it should turn and rise.",
             )
@@ -152,6 +163,12 @@ def lost_peak(history: Sequence[StepReport]) -> int | None:
     if peak is None or smooth[-1] >= smooth[peak] / 2:
         return None
     return stage[peak + SMOOTH - 1].step
+
+
+def _ranks_of_stage(measured: Sequence[StepReport]) -> list[float]:
+    """Smooth ranks of the newest stage: another has other clips, and ranks do not compare."""
+    stage = measured[-1].stage
+    return _smooth(_series([r for r in measured if r.stage == stage], "effective_rank"))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.track.folder import ProbeScore
@@ -54,8 +54,8 @@ class ProbeTrend:
 def probe_trend(probes: Sequence[ProbeScore], by: str | None = None) -> ProbeTrend | None:
     """Scores of trained checkpoints.
 
-    A checkpoint counts if every task and head that the newest scored one has was run on it, too:
-    means over different tasks do not compare.
+    A checkpoint counts if all tasks and heads were run on it that the comparison is made of: means
+    over different ones do not compare.
 
     Args:
         probes: All scores.
@@ -70,11 +70,7 @@ def probe_trend(probes: Sequence[ProbeScore], by: str | None = None) -> ProbeTre
     table: dict[int, dict[tuple[str, str], list[ProbeScore]]] = defaultdict(dict)
     for probe in wanted:
         table[probe.step or 0].setdefault((probe.task, probe.head), []).append(probe)
-    # The newest may be half done: its heads come one by one.
-    most = max(len(cells) for cells in table.values())
-    asked = next(
-        set(table[step]) for step in sorted(table, reverse=True) if len(table[step]) == most
-    )
+    asked = _asked(table)
     points = tuple(
         _point(step, [cells[key] for key in sorted(asked)])
         for step, cells in sorted(table.items())
@@ -96,6 +92,18 @@ def best_steps(
         (point.step, f"number {place} by probe score, {point.score:.1%} ({trend.words})")
         for place, point in enumerate(ranked, 1)
     ]
+
+
+def _asked(table: Mapping[int, Mapping[tuple[str, str], object]]) -> set[tuple[str, str]]:
+    """The largest set of tasks and heads that two checkpoints have, the newest of equals.
+
+    The newest checkpoint may be half done, since its heads come one by one; and one that alone
+    was given more heads than the others must not end the comparison. Without two, the largest.
+    """
+    sets = [set(table[step]) for step in sorted(table, reverse=True)]
+    largest = sorted(sets, key=len, reverse=True)
+    shared = (asked for asked in largest if sum(asked <= other for other in sets) > 1)
+    return next(shared, largest[0])
 
 
 def _is_wanted(probe: ProbeScore, by: str | None) -> bool:

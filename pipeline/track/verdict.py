@@ -188,7 +188,10 @@ def _by_probes(trend: ProbeTrend, whole: Sequence[int]) -> Keep:
         )
         return Keep(step=newest.step, reasons=(told, *gone, *unprobed))
     others = [point for point in there if point is not best]
-    than = f", {others[-1].score:.1%} at step {others[-1].step}" if others else ""
+    if not others:
+        told = f"it is the only one with probe scores, {best.score:.1%} ({trend.words})"
+        return Keep(step=best.step, reasons=(told, *gone, *unprobed))
+    than = f", {others[-1].score:.1%} at step {others[-1].step}"
     told = f"its probes score best, {best.score:.1%}{than} ({trend.words})"
     return Keep(step=best.step, reasons=(told, *gone, *unprobed))
 
