@@ -226,6 +226,25 @@ def test_a_resume_waits_for_the_moment_of_a_removal_instead_of_being_refused(run
     mine.release()
 
 
+def test_what_a_killed_conductor_found_out_and_did_not_tell_is_told_by_the_next(run):
+    update_run_info(run, {"run_id": "r"})
+    verdict = {"state": "watch", "keep": 30, "text": "so"}
+    first = Follow(run, ConductConfig(), {})
+    assert first.has_news  # nobody has judged it yet
+    first.begin_judging()
+    first.conclude(first.look()[0], {"problems": []}, None)  # too late for what is being written
+    first.note_verdict(verdict)
+    first.close()
+    second = Follow(run, ConductConfig(), {})
+    assert second.has_news
+    second.begin_judging()
+    second.note_verdict(verdict)
+    second.close()
+    third = Follow(run, ConductConfig(), {})
+    assert not third.has_news
+    third.close()
+
+
 def test_a_run_has_one_conductor_and_the_next_may_come_when_it_has_gone(run):
     update_run_info(run, {"run_id": "r"})
     first = Follow(run, ConductConfig(), {})

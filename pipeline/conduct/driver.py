@@ -94,7 +94,9 @@ class Conductor:
                 columns.append([(follow, job) for job in follow.look()])
             except OwnerError as error:
                 self._follows.remove(follow)
-                self._tell(f"{follow.run_dir} is left to another conductor: {error}")
+                is_there = follow.run_dir.is_dir()
+                why = f"is left to another conductor: {error}" if is_there else "is there no more"
+                self._tell(f"{follow.run_dir} {why}")
             except StorageError as error:
                 if once:
                     raise
@@ -142,7 +144,7 @@ class Conductor:
             is_quiet = not follow.open_jobs() and (once or follow.is_finished)
             is_due = is_quiet or since >= 60.0 * self._config.report_every_minutes
             if follow.has_news and is_due and follow not in self._judging:
-                follow.has_news = False
+                follow.begin_judging()
                 self._judged[follow] = time.monotonic()
                 self._judging.add(follow)
                 function = partial(work.update_report, with_page=self._config.report)

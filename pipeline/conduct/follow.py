@@ -39,7 +39,7 @@ from pipeline.track.folder import (
     read_probes,
     read_run_info,
 )
-from pipeline.track.journal import JOURNAL_FILE, JournalEntry, read_journal
+from pipeline.track.journal import JOURNAL_FILE, JournalEntry, is_untold, read_journal
 from pipeline.track.jsonl import JsonLinesWriter
 from pipeline.track.lease import Lease, OwnerError, acquire
 from pipeline.track.metrics import RunStatus, read_events
@@ -83,11 +83,12 @@ class Follow:
         self.verdict = next((e.details for e in reversed(entries) if e.event == "verdict"), None)
         self.commits: list[Seen] = []
         self.is_finished = False
-        self.has_news = self.verdict is None
+        self.has_news = self.verdict is None or is_untold(entries)
         """Whether anything was found out that the report does not tell yet."""
         self._wishes = WishList(run_dir)
         self._in_flight: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
+        self._num_noted, self._num_judged = len(entries), 0
         self._probe_stamps: frozenset[tuple[str, int]] = frozenset()
         self._probe_scores: tuple[ProbeScore, ...] = ()
 
@@ -111,6 +112,7 @@ class Follow:
             {name: value for name, value in told.items() if value not in (None, "")}
         )
         self.settled.take(entry)
+        self._num_noted += 1
 
     def look(self) -> list[Job]:
         """Looks at the run's folder; the jobs that can begin now, most urgent first."""
@@ -146,7 +148,7 @@ class Follow:
         told = {"seconds": round(time.monotonic() - began, 2), **(result or {})}
         problems = told.pop("problems", [])
         self.has_news = True
-        if problems and not _is_there(job, self.run_dir):
+        if problems and all(seen.mark != job.mark for seen in seen_commits(self.run_dir)):
             return  # It was removed meanwhile: the next look notes that.
         if problems:
             reason = "; ".join(problems)
@@ -154,8 +156,14 @@ class Follow:
             return
         self.note("done", step=job.step, key=job.key, mark=job.mark, job=job.words, **told)
 
+    def begin_judging(self) -> None:
+        """What is found out from now on is for the next verdict."""
+        self.has_news = False
+        self._num_judged = self._num_noted
+
     def note_verdict(self, judged: Mapping[str, Any]) -> bool:
-        """Notes a verdict if it is news; true if it is."""
+        """Notes that the run has been judged, and the verdict if it is news; true if it is."""
+        self.note("judged", lines=self._num_judged)
         keys = ("state", "keep")
         before = self.verdict or {}
         if self.verdict is not None and all(before.get(k) == judged.get(k) for k in keys):
@@ -274,10 +282,6 @@ def _own(run_dir: Path) -> Lease:
         raise StorageError(f"Cannot write {folder}: {error.strerror or error}") from error
     lease.keep_alive()
     return lease
-
-
-def _is_there(job: Job, run_dir: Path) -> bool:
-    return any(seen.mark == job.mark for seen in seen_commits(run_dir))
 
 
 def _why(job: Job, config: ConductConfig) -> str:

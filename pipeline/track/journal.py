@@ -1,9 +1,10 @@
 """conduct.jsonl: what was done beside a run, to which checkpoint, and why.
 
 One line per event: `begin`, `done`, `failed`, `given_up` of a job; `damaged` and `gone` of a
-checkpoint; `removed` and `mirror_removed` with their reasons; `verdict` when it changes; `start`
-and `stop` of the conductor. A job is done once per checkpoint: `key` names the job, the
-checkpoint's step and its manifest's digest, so that a step that was trained again counts anew.
+checkpoint; `removed` and `export_removed` with their reasons; `judged` and, when it changes,
+`verdict`; `start` and `stop` of the conductor. A job is done once per checkpoint: `key` names the
+job, the checkpoint's step and its manifest's digest, so that a step that was trained again counts
+anew.
 """
 
 from collections.abc import Mapping
@@ -66,6 +67,13 @@ def damaged_steps(entries: tuple[JournalEntry, ...]) -> dict[int, str]:
         elif entry.event == "done":
             found.pop(entry.step, None)
     return found
+
+
+def is_untold(entries: tuple[JournalEntry, ...]) -> bool:
+    """Whether anything was found out that a conductor did not live to tell the report."""
+    known = [int(e.details.get("lines", 0)) for e in entries if e.event == "judged"]
+    news = ("done", "damaged", "given_up")
+    return any(entry.event in news for entry in entries[max(known, default=0) :])
 
 
 def journal_sentence(entries: tuple[JournalEntry, ...], *, is_alive: bool) -> str:
