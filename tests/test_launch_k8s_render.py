@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launch.job import JobSpec
 from launch.k8s import objects, render
-from launch.k8s_submit import pause_command, record_of, submit, try_out
+from launch.k8s_submit import record_of, submit, try_out
 from launch.k8s_text import object_name, to_yaml
 from launch.request import with_measured_grace
 from launch.site import KubernetesSite, Site
