@@ -176,6 +176,16 @@ def test_pruning_removes_what_was_used_longest_ago(squares, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [_asked(tasks[1]).key()]
 
 
+def test_pruning_leaves_what_another_process_uses(squares, tmp_path):
+    asked = _asked(ssv2_task(squares, max_train=6))
+    features = extract(asked, tmp_path, _silent)
+    prune(tmp_path, 0.0)
+    assert (tmp_path / asked.key()).is_dir()
+    features.held.close()
+    prune(tmp_path, 0.0)
+    assert not (tmp_path / asked.key()).exists()
+
+
 def test_undecodable_videos_are_named_left_out_and_counted(tmp_path):
     folder = write_ssv2(tmp_path / "set", train=8, validation=4)
     (folder / "videos" / "3.mp4").write_bytes(b"")

@@ -1,11 +1,14 @@
 """Features on disk: encoded once for an encoder and a split, found again by what they come from."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -22,6 +25,7 @@ from pipeline.probe.chunks import (
 from pipeline.probe.features import Features
 
 _META = "features.json"
+_IN_USE = "in-use"
 _GIB = 2**30
 
 
@@ -38,6 +42,7 @@ def extract(asked: Extraction, cache: Path, report: Callable[[int, int], None]) 
         StorageError: The folder cannot be written.
     """
     asked, folder = open_folder(asked, cache)
+    held = _hold(folder)
     total = len(asked.split.videos)
     chunks: list[Chunk] = []
     num_encoded = num_done = 0
@@ -50,7 +55,7 @@ def extract(asked: Extraction, cache: Path, report: Callable[[int, int], None]) 
         check_budget(asked, chunks)
         num_done += len(places)
         report(num_done, total)
-    return _features(asked, chunks, from_cache=num_encoded == 0)
+    return replace(_features(asked, chunks, from_cache=num_encoded == 0), held=held)
 
 
 def open_folder(asked: Extraction, cache: Path) -> tuple[Extraction, Path]:
@@ -107,6 +112,8 @@ def check_budget(asked: Extraction, chunks: Iterable[Chunk]) -> None:
 def prune(cache: Path, limit_gib: float, keep: Iterable[str] = ()) -> None:
     """Remove the features used longest ago until the folder keeps to a size.
 
+    What another process encodes or reads stays, too.
+
     Args:
         cache: Folder of all cached features.
         limit_gib: Its size.
@@ -118,9 +125,30 @@ def prune(cache: Path, limit_gib: float, keep: Iterable[str] = ()) -> None:
     for folder in sorted(folders, key=lambda folder: (folder / _META).stat().st_mtime):
         if sum(sizes.values()) <= limit_gib * _GIB:
             return
-        if folder.name not in kept:
+        if folder.name not in kept and not _in_use(folder):
             shutil.rmtree(folder, ignore_errors=True)
             del sizes[folder]
+
+
+def _hold(folder: Path) -> IO[bytes]:
+    """Says that a folder is in use, until the file is closed or the process ends."""
+    file = (folder / _IN_USE).open("ab")
+    # Where storage has no locks, pruning by another process is noticed at the next read.
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process has said that it uses a folder."""
+    try:
+        with (folder / _IN_USE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _features(asked: Extraction, chunks: list[Chunk], *, from_cache: bool) -> Features:

@@ -22,7 +22,7 @@ from pipeline.probe.recording import record
 from pipeline.probe.records import ProbeProgress, ProbeRecord, ProbeRequest, Report
 from pipeline.probe.results import write_results
 from pipeline.probe.scoring import HeadInputs, HeadScore, score_given, score_knn, score_sweep
-from pipeline.probe.tasks import HeadName
+from pipeline.probe.tasks import HeadName, TaskConfig
 
 
 def run_probe(request: ProbeRequest, *, report: Report) -> list[ProbeRecord]:
@@ -34,13 +34,16 @@ def run_probe(request: ProbeRequest, *, report: Report) -> list[ProbeRecord]:
 
     Raises:
         CheckpointError: The checkpoint is damaged.
-        ConfigError: The task does not fit the encoder, or names what is not there.
+        ConfigError: The task does not fit the encoder or the GPU, or names what is not there.
         DataError: Annotations are wrong, or too many videos cannot be used.
         StorageError: Features or results cannot be written.
     """
     videos = read_task(request.task)
     encoder = load_frozen(request.source, request.which, request.task)
-    records = evaluate(encoder, videos, request, report=report)
+    try:
+        records = evaluate(encoder, videos, request, report=report)
+    except torch.OutOfMemoryError as error:
+        raise _memory_full(request.task, error) from error
     write_results(records, request, videos.validation)
     return records
 
@@ -160,6 +163,17 @@ class _Bench:
     def _reporter(self, head: HeadName, seed: int) -> "partial[None]":
         phase = f"{self.subject.request.label}: fit {head}, seed {seed}"
         return partial(_forward, self.report, phase)
+
+
+def _memory_full(task: TaskConfig, error: torch.OutOfMemoryError) -> ConfigError:
+    sweep = task.attentive
+    return ConfigError(
+        f"the probe {task.name} ran out of GPU memory with encode_batch {task.encode_batch}, "
+        f"attentive.batch {sweep.batch} and {sweep.clips_at_once or 'all'} of its clips at once: "
+        f"{str(error).splitlines()[0]}",
+        remedy="Lower attentive.clips_at_once or encode_batch, which change no score but for "
+        "rounding, or sweep fewer heads at a time.",
+    )
 
 
 def _forward(report: Report, phase: str, done: int, total: int) -> None:

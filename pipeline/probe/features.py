@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class Features:
     """Place of each row in the split."""
     faults: tuple[SampleFault, ...]
     from_cache: bool
+    held: IO[bytes] | None = None
+    """Keeps other processes from removing the features while these are used."""
 
     def pooled(self, pooling: Pooling) -> Tensor:
         """One vector per clip and view, fp32 [N, V, F].
