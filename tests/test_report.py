@@ -351,6 +351,8 @@ def test_time_spans_are_told_in_their_two_largest_units(value, words):
 def test_numbers_are_told_with_their_unit():
     words = [number(v) for v in (7, 960, 4224, 522_240, 3.2e6, 7.5e9, 0.123456, None)]
     assert words == ["7", "960", "4,224", "522 k", "3.2 M", "7.5 G", "0.123", "–"]
+    # No powers of ten: 6.51e+03 tokens a second are hard to compare with 10.7 k.
+    assert [number(v) for v in (6510.4, 999.7, 999_999)] == ["6,510", "1,000", "1 M"]
     assert percent(0.1234) == "12.3 %"
 
 

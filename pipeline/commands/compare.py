@@ -54,7 +54,7 @@ def _tables(found: SideBySide) -> list[RichTable]:
         if not one.rows:
             continue
         table = RichTable(title=one.title, title_justify="left", box=None, header_style="bold")
-        table.add_column("")
+        table.add_column("", overflow="fold")  # keys cut short would look alike
         for name in found.names:
             table.add_column(name, overflow="fold")
         for row in one.rows:

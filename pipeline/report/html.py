@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
+_UNITS = ((1e12, 1e12, " T"), (1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e4, 1e3, " k"))
+"""From where on, how much, and its letter."""
+
 
 def text(value: object) -> str:
     """Any value as text that cannot become markup."""
@@ -69,10 +72,13 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number with thousands as k, M, G, T."""
     if value is None or not math.isfinite(value):
         return "–"
-    for limit, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= limit:
-            return f"{value / limit * (10 if limit == 1e4 else 1):.{digits}g}{unit}"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.{digits}g}"
+    if abs(value) < 1e4 and float(value).is_integer():
+        return f"{value:,.0f}"
+    rounded = float(f"{value:.{digits}g}")  # 999,999 is 1 M, not 1e+03 k
+    for limit, size, unit in _UNITS:
+        if abs(rounded) >= limit:
+            return f"{rounded / size:.{digits}g}{unit}"
+    return f"{rounded:,.0f}" if abs(rounded) >= 1e3 else f"{value:.{digits}g}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

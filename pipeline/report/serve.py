@@ -106,6 +106,10 @@ class LivePage:
         except (JepaError, OSError) as error:
             self._problem = str(error)  # the last page stays, and says so
             return
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Without this thread an old page would look live.
+            self._problem = f"the page cannot be drawn: {type(error).__name__}: {error}"
+            return
         version = self._page.version + 1 if self._page is not None else 1
         self._page = _Page(
             version=version, html=html.encode(), state=facts.state, step=facts.last_step

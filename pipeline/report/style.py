@@ -42,8 +42,8 @@ svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif!
 .scroll{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th{font-weight:600;color:var(--soft);vertical-align:bottom}
-th,td{padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);text-align:right;
-white-space:nowrap}
+th,td{padding:.32rem .7rem .32rem 0;border-bottom:1px solid var(--line);text-align:right}
+td{white-space:nowrap}
 .words1 :is(th,td):nth-child(-n+1),.words2 :is(th,td):nth-child(-n+2),
 .words3 :is(th,td):nth-child(-n+3),.words4 :is(th,td):nth-child(-n+4)
 {text-align:left;white-space:normal;overflow-wrap:break-word;min-width:5rem;max-width:30rem}
