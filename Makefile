@@ -18,9 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,prep,dev]'
 	touch $@
 
-# Two files of tests at a time: most tests wait for processes that they start. A file stays whole,
+# Three files of tests at a time, also on two cores: most wait for processes. A file stays whole,
 # since its tests share the runs they look at.
-JOBS ?= 2
+JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup check

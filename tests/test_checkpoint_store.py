@@ -9,7 +9,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.checkpoint import layout, mirror
 from pipeline.checkpoint.layout import CheckpointConfig
@@ -18,6 +17,7 @@ from pipeline.checkpoint.save import SaveRequest
 from pipeline.checkpoint.store import CommitStore
 from pipeline.errors import CheckpointError, StorageError
 from tests.crash_points import contents
+from tests.s3 import s3_server
 from tests.test_checkpoint_commit import commit
 from tests.test_checkpoint_crash import whole_commit
 
@@ -25,25 +25,16 @@ KEEP_ALL = CheckpointConfig(keep_last=100)
 
 
 @pytest.fixture(scope="module")
-def s3_server():
-    """A real server of the S3 protocol on loopback."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "no-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def bucket():
+    with s3_server():
         fsspec.filesystem("s3").mkdir("bucket")
         yield
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
 def url(request, tmp_path) -> str:
     if request.param == "s3":
-        request.getfixturevalue("s3_server")
+        request.getfixturevalue("bucket")
         return f"s3://bucket/{uuid.uuid4().hex}"
     if request.param == "file":
         return f"file://{tmp_path / 'elsewhere'}"

@@ -5,11 +5,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-import boto3
+import fsspec
 import numpy as np
 import pytest
 import webdataset as wds
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from data_prep.driver import Workers
@@ -20,6 +19,7 @@ from pipeline.data.layout import Member
 from pipeline.data.loader import make_loader
 from pipeline.data.settings import DataConfig, Source
 from pipeline.masks.collate import collate_plan
+from tests.s3 import s3_server
 from tests.shards import make_plans, render_video
 from tests.test_prep_kinds import video, write_episode, write_ssv2
 
@@ -49,25 +49,12 @@ def write_everything(root: Path) -> list[str]:
 def dataset(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("kinds")
     arguments = write_everything(root)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
-    bucket = boto3.client("s3", endpoint_url=url, **keys)
-    bucket.create_bucket(Bucket="videos")
-    bucket.put_object(Bucket="videos", Key="set/s.mp4", Body=render_video(34, 16))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "k",
-            "AWS_SECRET_ACCESS_KEY": "s",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": url,
-        }.items():
-            patch.setenv(name, value)
+    with s3_server():
+        store = fsspec.filesystem("s3")
+        store.mkdir("videos")
+        store.pipe_file("videos/set/s.mp4", render_video(34, 16))
         inputs = Inputs(arguments=(*arguments, "s3://videos/set"))
         prepare(inputs, root / "out", PrepSettings(), workers=Workers(num_cpus=2))
-    server.stop()
     return root / "out"
 
 
