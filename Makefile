@@ -18,9 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,prep,dev]'
 	touch $@
 
-# Three files of tests at a time, also on two cores: most wait for processes. A file stays whole,
+# Two files of tests at a time: with three, tests on timing of real jobs failed. A file stays whole,
 # since its tests share the runs they look at.
-JOBS ?= 3
+JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: setup check
