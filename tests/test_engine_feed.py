@@ -1,6 +1,5 @@
 """Micro-batches come in order whatever is fetched ahead, and a step waits for its GPU once."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,15 +15,6 @@ from pipeline.errors import DataError
 from tests.plain import tiny_config
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def alone():
-    """DeepSpeed is told the rank through the environment, which no other test may find changed."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 class Source:
@@ -65,7 +55,7 @@ def test_on_a_cpu_nothing_is_fetched_ahead():
     _hands_out_in_order(CPU, asked_ahead=0)
 
 
-def test_the_next_batch_is_fetched_when_the_forward_pass_is_queued(alone):
+def test_the_next_batch_is_fetched_when_the_forward_pass_is_queued():
     config = tiny_config(0)
     with measuring() as device:
         batch = noise_batches(config, 0, device, 1)[0]

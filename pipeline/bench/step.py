@@ -1,5 +1,6 @@
 """Time of our own step: networks, ZeRO engine, optimiser and teacher on one rank, without data."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.clip import ClipBatch, Progress
+from pipeline.engine.deepspeed_import import forget_groups
 from pipeline.engine.tune import StageTuner
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import (
@@ -39,7 +41,11 @@ class StepTime:
 
 @contextmanager
 def measuring() -> Iterator[torch.device]:
-    """A process group of one rank on this machine's device; yields the device."""
+    """A process group of one rank on this machine's device; yields the device.
+
+    Leaves the process as it was, so that another may follow.
+    """
+    before = dict(os.environ)
     launch = read_launch()
     set_cpu_threads(launch)
     device = choose_device(launch)
@@ -47,7 +53,11 @@ def measuring() -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        forget_groups()
         leave_process_group()
+        # DeepSpeed is told the rank there, and the next reader would take it for a launcher's word.
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class OwnStep:

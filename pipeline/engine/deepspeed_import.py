@@ -30,8 +30,19 @@ with _not_found("mlflow"):
 
 __all__ = [
     "deepspeed",
+    "forget_groups",
     "groups",
     "logger",
     "safe_get_full_fp32_param",
     "safe_get_local_fp32_param",
 ]
+
+
+def forget_groups() -> None:
+    """Ends the process group with DeepSpeed's own notes of it.
+
+    DeepSpeed keeps its clone of the world group for the life of the process; ended behind its
+    back, the next engine of the process would be built on a group that is no more.
+    """
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
