@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pipeline.bench.batches import noise_batches
 from pipeline.bench.step import OwnStep, measuring, take_steps
-from pipeline.environment import read_launch
+from pipeline.environment import end_rank, read_launch
 from pipeline.run import RunConfig
 
 _SIZES = (1 << 12, 1 << 22)
@@ -76,4 +76,4 @@ def _best(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main())

@@ -25,6 +25,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed writers of a file left beside it; for its only writer to call."""
+    for leftover in path.parent.glob(f".{path.name}.*-*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Gives a finished, synchronised file or folder its final name, and makes the name durable."""
     temporary.replace(path)

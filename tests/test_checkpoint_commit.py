@@ -120,9 +120,11 @@ def test_a_save_cut_short_is_ignored_and_cleared(tmp_path):
     commit(tmp_path, 1)
     partial = tmp_path / "checkpoints" / "step-00000002.partial-abc"
     partial.mkdir()
+    (tmp_path / "checkpoints" / ".latest.32608-32749.partial").write_text("step-0000")
     assert [c.step for c in layout.list_commits(tmp_path)] == [1]
     assert retain.clear_partials(tmp_path) == [partial.name]
-    assert not partial.exists()
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"latest", "step-00000001"}
 
 
 def test_pruning_keeps_the_first_the_last_and_every_nth(tmp_path):

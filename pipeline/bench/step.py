@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from pipeline.clip import ClipBatch, Progress
-from pipeline.engine.deepspeed_import import forget_groups
+from pipeline.engine.deepspeed_import import leave_groups
 from pipeline.engine.tune import StageTuner
 from pipeline.engine.zero import ZeroEngine
 from pipeline.environment import (
     choose_device,
     join_process_group,
-    leave_process_group,
     read_launch,
     seed_everything,
     set_cpu_threads,
@@ -53,8 +52,7 @@ def measuring() -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        forget_groups()
-        leave_process_group()
+        leave_groups()
         # DeepSpeed is told the rank there, and the next reader would take it for a launcher's word.
         os.environ.clear()
         os.environ.update(before)

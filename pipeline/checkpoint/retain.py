@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import CheckpointConfig, Commit
 from pipeline.checkpoint.wishes import read_wishes
-from pipeline.files import sync_folder
+from pipeline.files import remove_leftovers, sync_folder
 
 
 def prune(
@@ -105,6 +105,7 @@ def clear_partials(run_dir: Path) -> list[str]:
     partials = layout.list_partials(run_dir)
     for partial in partials:
         shutil.rmtree(partial, ignore_errors=True)
+    remove_leftovers(layout.checkpoints_dir(run_dir) / layout.LATEST)
     return [partial.name for partial in partials]
 
 

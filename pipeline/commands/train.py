@@ -14,7 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.config.report import changes
 from pipeline.data.worker import start_server
 from pipeline.engine.rundir import Wish
-from pipeline.environment import Launch, free_port, prepare_libraries, read_launch
+from pipeline.environment import Launch, end_rank, free_port, prepare_libraries, read_launch
 from pipeline.errors import CheckpointError, ConfigError, ExitCode, UsageError
 from pipeline.run import RunConfig
 from pipeline.track.folder import CONFIG_FILE
@@ -162,7 +162,10 @@ def _run(config: RunConfig, launch: Launch, wish: Wish) -> ExitCode:
     # Importing DeepSpeed takes seconds; mistakes in the configuration should not wait for it.
     from pipeline.engine.loop import train as run_loop  # noqa: PLC0415
 
-    return run_loop(config, launch, wish)
+    code = run_loop(config, launch, wish)
+    if launch.launcher != "alone":
+        end_rank(code)
+    return code
 
 
 def _become_launcher(config: RunConfig, ranks: int, words: list[str]) -> None:

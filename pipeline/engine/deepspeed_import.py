@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.environment import leave_process_group
+
 
 @contextmanager
 def _not_found(name: str) -> Iterator[None]:
@@ -30,19 +32,20 @@ with _not_found("mlflow"):
 
 __all__ = [
     "deepspeed",
-    "forget_groups",
     "groups",
+    "leave_groups",
     "logger",
     "safe_get_full_fp32_param",
     "safe_get_local_fp32_param",
 ]
 
 
-def forget_groups() -> None:
-    """Ends the process group with DeepSpeed's own notes of it.
+def leave_groups() -> None:
+    """Ends this rank's part in the process group, with DeepSpeed's own notes of it.
 
     DeepSpeed keeps its clone of the world group for the life of the process; ended behind its
     back, the next engine of the process would be built on a group that is no more.
     """
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
+    leave_process_group()

@@ -7,6 +7,7 @@ from pipeline.engine.agree import agree_on_stop
 from pipeline.engine.build import Parts, build
 from pipeline.engine.collectives import COLLECTIVES
 from pipeline.engine.commit import Saver
+from pipeline.engine.deepspeed_import import leave_groups
 from pipeline.engine.guards import Guards
 from pipeline.engine.last_words import as_memory_full, as_peer_loss
 from pipeline.engine.rundir import Wish, begin, clear_the_way, note_end
@@ -18,7 +19,6 @@ from pipeline.environment import (
     Launch,
     choose_device,
     join_process_group,
-    leave_process_group,
     record_collectives,
     set_cpu_threads,
 )
@@ -248,4 +248,4 @@ def _end(parts: Parts, ending: _Ending | None) -> None:
     if parts.launch.rank == 0 and (ending is None or ending.is_in_order):
         note_end(parts.run_dir, "finished" if ending is None else "stopped")
     parts.loader.close()
-    leave_process_group()
+    leave_groups()
