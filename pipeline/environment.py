@@ -27,6 +27,10 @@ __all__ = [
     "prepare_libraries", "read_launch", "record_collectives", "seed_everything", "set_cpu_threads",
 ]  # fmt: skip
 
+# What stood in the environment before a group was joined: left there, the next reader of this
+# process would take it for a launcher's word.
+_BEFORE: dict[str, str | None] = {}
+
 
 def read_launch(env: dict[str, str] | None = None) -> Launch:
     """Finds this process's place in the job.
@@ -84,13 +88,15 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
         launch = replace(launch, master_port=free_port())
     store = meet(launch, timeout_seconds=timeout_seconds, attempt=attempt())
     # DeepSpeed reads these of torchrun's variables itself, whoever started us.
-    os.environ.update(
-        RANK=str(launch.rank),
-        LOCAL_RANK=str(launch.local_rank if device.index is None else device.index),
-        WORLD_SIZE=str(launch.world_size),
-        MASTER_ADDR=launch.master_address,
-        MASTER_PORT=str(launch.master_port),
-    )
+    told = {
+        "RANK": str(launch.rank),
+        "LOCAL_RANK": str(launch.local_rank if device.index is None else device.index),
+        "WORLD_SIZE": str(launch.world_size),
+        "MASTER_ADDR": launch.master_address,
+        "MASTER_PORT": str(launch.master_port),
+    }
+    _BEFORE.update({name: os.environ.get(name) for name in told})
+    os.environ.update(told)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -101,9 +107,15 @@ def join_process_group(launch: Launch, device: torch.device, *, timeout_seconds:
 
 
 def leave_process_group() -> None:
-    """Ends this rank's part in the process group, if it has one."""
+    """Ends this rank's part in the process group, if it has one, and what DeepSpeed was told."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name, value in _BEFORE.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _BEFORE.clear()
 
 
 def end_rank(code: int) -> NoReturn:

@@ -30,7 +30,8 @@ def test_of_two_processes_that_want_a_run_exactly_one_gets_it_200_times(tmp_path
         (run / "lease").mkdir(parents=True)
         if number % 2:  # a dead owner's lease is raced for as well
             write_lease(run, 7, process=this_process().process + "0")
-    context = multiprocessing.get_context("fork")
+    # Not forked: this process has threads of other tests, whose locks nobody would open there.
+    context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(2), context.Queue()
     racers = [context.Process(target=race, args=(tmp_path, ready, results)) for _ in range(2)]
     for racer in racers:
