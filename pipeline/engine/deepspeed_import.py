@@ -1,13 +1,17 @@
-"""`import deepspeed`, without the libraries that only its autotuner wants.
+"""`import deepspeed`, without the libraries that only parts of it want which are not used here.
 
-DeepSpeed imports its autotuner, which is not used here, with everything else, and the autotuner
-imports all of mlflow where it is installed: as long as torch itself, on every rank at every start.
-It goes without where the import fails, so for that moment mlflow is not to be found.
+Its autotuner, imported with everything else, imports all of mlflow where that is installed: as long
+as torch itself, on every rank at every start. It goes without where the import fails, so for that
+moment mlflow is not to be found. Building an engine imports the optimiser Muon, whose functions
+load torch's compiler where they are defined, another second: they are defined as they are.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
+
+import torch
 
 from pipeline.environment import leave_process_group
 
@@ -26,9 +30,24 @@ def _not_found(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
+@contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Lets `torch.compile` hand functions back as they are."""
+    compile_ = torch.compile
+    torch.compile = lambda function, **_options: function
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
 with _not_found("mlflow"):
     import deepspeed
     from deepspeed.utils import groups, logger, safe_get_full_fp32_param, safe_get_local_fp32_param
+
+# Another version may have it elsewhere, and then starts no worse than without this.
+with _compiling_nothing(), suppress(ImportError):
+    import_module("deepspeed.runtime.zero.muon.original_muon")
 
 __all__ = [
     "deepspeed",
