@@ -24,6 +24,7 @@ from tests.plain import tiny_config
 from tests.shards import write_dataset
 
 CPU = torch.device("cpu")
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +34,18 @@ def group():
         yield
 
 
+def run_alone(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A process outside the group that the tests here share."""
+    alone = {k: v for k, v in os.environ.items() if k not in GROUP}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+
+
 def test_the_verbs_measure_and_write_what_they_measured(tmp_path):
     config, out = tmp_path / "tiny.yaml", tmp_path / "stages.json"
     config.write_text(resolved_yaml(tiny_config()))
     command = [sys.executable, "-m", "pipeline.cli", "bench", "stages", str(config)]
     words = ["track.peak_tflops=10.0", "--rounds", "1", "--json", str(out)]
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, check=False, env=alone
-    )
+    done = run_alone([*command, *words])
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     assert [stage["stage"] for stage in written["figures"]["stages"]] == ["short", "long"]
@@ -98,7 +102,7 @@ def test_an_ablation_is_measured_with_its_own_setting(group):
 
 
 def test_every_ablation_has_a_process_of_its_own(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of the group that other tests share
+    for name in GROUP:  # of the group that other tests share
         monkeypatch.delenv(name, raising=False)
     # Another one than this: what DeepSpeed keeps of it ends with it.
     name, figures = next(measure_each(tiny_config(3), 1, 1))
@@ -170,3 +174,17 @@ def test_recomputation_in_one_stage_changes_no_bit_of_any_weight(group):
         saved.append(fingerprint_pieces(step.engine.pieces()))
     assert saved[0] == saved[1]
     assert saved[0], "fingerprints of every tensor"
+
+
+def test_an_engine_is_built_without_libraries_that_it_does_not_use():
+    program = (
+        "import sys, torch\n"
+        "from pipeline.bench.step import OwnStep, measuring\n"
+        "from tests.plain import tiny_config\n"
+        "with measuring() as device:\n"
+        "    OwnStep(tiny_config(3), device)\n"
+        "unused = {'mlflow', 'torch._inductor.compile_fx'}\n"
+        "print(sorted(unused & set(sys.modules)), torch.compile.__module__)\n"
+    )
+    done = run_alone([sys.executable, "-c", program])
+    assert done.stdout.splitlines()[-1:] == ["[] torch"], done.stderr
