@@ -17,6 +17,7 @@ from pipeline.models.rope import (
     rotary_tables,
     rotate,
     token_positions,
+    turn_projected,
 )
 
 # V-JEPA 2's tiled layout, axis dim 20, position 3, x_i = i/10, in float32.
@@ -203,3 +204,21 @@ def test_sincos_positions_have_a_part_of_sines_and_cosines_for_each_axis(uniform
 def test_sincos_positions_of_a_width_without_whole_parts_are_refused():
     with pytest.raises(ConfigError, match="multiple of 8"):
         sincos_positions(torch.tensor([0]), GRID, 60, uniform_power=False)
+
+
+@pytest.mark.parametrize("mode", ["tiled", "interleaved"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_gradients_of_a_turned_projection_are_those_of_its_formula(mode, dtype, tolerance):
+    grid, (tokens, heads, head_dim) = Grid(t=3, h=4, w=5), (7, 2, 40)
+    index = torch.randint(grid.num_tokens, (2, tokens))
+    tables = rotary_tables(index, grid, head_dim, RotaryStyle(mode=mode))
+    qkv = torch.randn(2, tokens, 3, heads, head_dim, dtype=dtype, requires_grad=True)
+    weights = [torch.randn(2, tokens, heads, head_dim, dtype=dtype) for _ in range(3)]
+    query, key, value = qkv.unbind(-3)
+    expected = (rotate(query, tables), rotate(key, tables), value)
+    found = turn_projected(qkv, tables)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    (by_expected,) = torch.autograd.grad(expected, qkv, weights)
+    (by_found,) = torch.autograd.grad(found, qkv, weights)
+    assert by_found.dtype == dtype
+    torch.testing.assert_close(by_found, by_expected, rtol=tolerance, atol=tolerance)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.models.attention import Backend, attend
 from pipeline.models.packing import Packing
-from pipeline.models.rope import MIN_HEAD_DIM, rotate
+from pipeline.models.rope import MIN_HEAD_DIM, turn_projected
 
 CompiledBlock = Callable[["Block", Tensor, Tensor | None, "Route"], Tensor]
 
@@ -183,11 +183,11 @@ class Block(nn.Module):
 
 def split_heads(qkv: Tensor, rotary: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Projected tokens […, 3 D] as query, key and value […, heads, head_dim], places turned in."""
-    query_key, value = qkv.unflatten(-1, (3, heads, -1)).split((2, 1), dim=-3)
+    qkv = qkv.unflatten(-1, (3, heads, -1))
     if rotary is not None:
-        query_key = rotate(query_key, rotary.unsqueeze(-3))
-    query, key = query_key.unbind(-3)
-    return query, key, value.squeeze(-3)
+        return turn_projected(qkv, rotary)
+    query, key, value = qkv.unbind(-3)
+    return query, key, value
 
 
 def blocks(dims: ModelDims, *, scaled: bool = True) -> nn.ModuleList:

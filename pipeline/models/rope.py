@@ -9,10 +9,11 @@ it a true rotation.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.clip import Grid
 
@@ -138,8 +139,56 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     term gets a float32 copy of its own: the cast is left to type promotion, the sign to the table.
     """
     cos, sin = rotary.unbind()
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = _swap(x)
     if rotary.dtype == torch.bfloat16:
         # Each product is rounded, as in the reference; a fused one would round but once.
         return (x * cos + swapped * sin).to(x.dtype)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def turn_projected(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [..., heads, head_dim] of a fused projection, the first two turned.
+
+    Args:
+        qkv: [..., 3, heads, head_dim].
+        rotary: As for `rotate`, for [..., heads, head_dim].
+    """
+    if rotary.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
+        return _TurnProjected.apply(qkv, rotary)  # pyright: ignore[reportReturnType]
+    query_key, value = qkv.split((2, 1), dim=-3)
+    query, key = rotate(query_key, rotary.unsqueeze(-3)).unbind(-3)
+    return query, key, value.squeeze(-3)
+
+
+class _TurnProjected(torch.autograd.Function):
+    """As above, with gradients written straight into that of the projection.
+
+    Left to itself, backward copies them twice more, to stack what was split; a compiler sees to
+    that by itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(rotary)
+        query, key = rotate(qkv[..., :2, :, :], rotary.unsqueeze(-3)).unbind(-3)
+        return query, key, qkv.select(-3, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_part: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (rotary,) = ctx.saved_tensors
+        cos, sin = rotary.unbind()
+        # The transpose of x · cos + swap(x) · sin is g · cos + swap(g · sin).
+        sin = _swap(sin)
+        query, key, value = by_part
+        shape = (*value.shape[:-2], 3, *value.shape[-2:])
+        by_qkv = value.new_empty(shape)
+        for number, part in enumerate((query, key)):
+            torch.addcmul(part * cos, _swap(part), sin, out=by_qkv.select(-3, number))
+        by_qkv.select(-3, 2).copy_(value)
+        return by_qkv, None
+
+
+def _swap(x: Tensor) -> Tensor:
+    """The members of every pair of adjacent elements exchanged."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
