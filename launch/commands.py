@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -74,19 +74,24 @@ def local(
 ) -> ExitCode:
     """Train on this machine: `jepa train CONFIG --ranks N --or-resume`, one rank for each GPU.
 
-    Needs no site file unless one is given.
+    Of the flags below only --gpus-per-node and --ranks-per-node are for this machine; there is one
+    rank by default.
 
     Args:
         words: CONFIG and key=value over it.
         print: Print the command and start nothing.
-        request: --gpus-per-node or --ranks-per-node say how many ranks; one by default.
+        request: How many ranks.
     """
     if not words:
         raise UsageError("expected CONFIG, the YAML file of a run, got nothing")
     wanted = request or Request()
-    if wanted.kind != "train" or (wanted.nodes or 1) > 1:
+    unheard = [name for name in _given(wanted) if name not in ("gpus-per-node", "ranks-per-node")]
+    if wanted.nodes == 1:
+        unheard.remove("nodes")
+    if unheard:
         raise UsageError(
-            "jepa launch local trains on this one machine",
+            "jepa launch local trains on this one machine, and has no use for "
+            + ", ".join(f"--{name}" for name in unheard),
             remedy="Run other verbs directly; for several machines use slurm or k8s.",
         )
     ranks = wanted.gpus_per_node or wanted.ranks_per_node or 1
@@ -97,6 +102,12 @@ def local(
     sys.stdout.flush()
     # In this process's place, so that signals and the exit code are the run's own.
     return os.execv(sys.executable, [sys.executable, *command])  # noqa: S606 - our own module
+
+
+def _given(request: Request) -> list[str]:
+    """Names of the flags that say something."""
+    told = [one.name for one in fields(request) if getattr(request, one.name) != one.default]
+    return [name.replace("_", "-") for name in told]
 
 
 def _dependency(word: str) -> str:

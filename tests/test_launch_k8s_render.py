@@ -15,9 +15,12 @@ from launch.k8s_submit import record_of, submit, try_out
 from launch.k8s_text import object_name, to_yaml
 from launch.request import with_measured_grace
 from launch.site import KubernetesSite, Site
-from pipeline.errors import UsageError
+from pipeline.cli import main
+from pipeline.errors import ExitCode, UsageError
 from pipeline.track.jobs import ask, read_jobs
 from tests.k8s_objects import NO_KUBECTL, kubectl_is_new, kustomize, pod_templates, read_objects
+
+ROOT = Path(__file__).parent.parent
 
 
 def a_job(**changes) -> JobSpec:
@@ -194,6 +197,26 @@ def test_what_the_cluster_says_is_told(tmp_path, monkeypatch, says, told):
     fake_kubectl(tmp_path, monkeypatch, f"*) printf '{says}' >&2; exit 1 ;;")
     with pytest.raises(UsageError, match=told):
         try_out("kind: x\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--min-nodes", "1"], "is for Slurm"),
+        (["--time", "12:00:00"], "--time ends no jobset of a training run"),
+        (["--time", "12:00:00", "--set", "k8s.kind=rayjob"], None),
+    ],
+)
+def test_a_flag_that_no_object_would_hold_is_refused(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "pipeline/configs/tiny-cpu.yaml")
+    site = ["--site", str(ROOT / "k8s/site-cpu.yaml"), "--set", "k8s.kind=jobset"]
+    code = main(["launch", "k8s", config, "--print", "--nodes", "1", *site, *flags])
+    out, err = capsys.readouterr()
+    if told is None:
+        assert (code, "activeDeadlineSeconds: 43200" in out) == (ExitCode.DONE, True), err
+    else:
+        assert (code, told in err) == (ExitCode.USAGE, True), err
 
 
 SUSPENDED = {"spec": {"suspend": True}}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.local import start_ranks
+from pipeline.cli import main
+from pipeline.errors import ExitCode
 from pipeline.track.faults import read_faults
 
 
@@ -43,6 +45,18 @@ def test_ranks_learn_their_place(tmp_path):
     assert start_ranks(rank_program(tmp_path, text), num_ranks=2, port=4711) == 0
     assert (tmp_path / "0").read_text() == "0 0 2 2 4711"
     assert (tmp_path / "1").read_text() == "1 1 2 2 4711"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--min-nodes", "1"], ["--time", "1:00:00"], ["--site", "site.yaml"], ["--kind", "probe"]],
+)
+def test_a_flag_that_means_nothing_on_one_machine_is_refused(flags, capsys):
+    words = ["launch", "local", "run.yaml", "--print", "--nodes", "1", "--ranks-per-node", "2"]
+    assert main(words) == ExitCode.DONE
+    assert "train run.yaml --or-resume --ranks 2\n" in capsys.readouterr().out
+    assert main([*words, *flags]) == ExitCode.USAGE
+    assert f"has no use for {flags[0]}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
