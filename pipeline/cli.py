@@ -21,11 +21,10 @@ from typing import TextIO
 
 from cyclopts import App, CycloptsError, UnknownCommandError
 
-from pipeline.errors import ExitCode, JepaError, StorageError, UsageError
+from pipeline.errors import INTERRUPTED, ExitCode, JepaError, StorageError, UsageError
 from pipeline.redact import redacted
 from pipeline.verbs import GROUPS, VERBS, Verb
 
-INTERRUPTED = 130
 NOBODY_READS = 141
 
 

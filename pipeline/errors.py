@@ -23,6 +23,10 @@ class ExitCode(IntEnum):
     NO_PROGRESS = 93
 
 
+INTERRUPTED = 130
+"""The shell's own code for a process that was ended from the keyboard."""
+
+
 class JepaError(Exception):
     """Base of all errors with a message for a person.
 

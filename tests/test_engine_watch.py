@@ -11,11 +11,13 @@ import torch
 
 from pipeline.engine.agree import RankPace
 from pipeline.engine.hang import Beat, Watchdog, culprit
-from pipeline.engine.last_words import as_memory_full
+from pipeline.engine.last_words import LastWords, as_memory_full, as_peer_loss
 from pipeline.engine.pace import PaceWatch
 from pipeline.engine.spikes import Spike, SpikeWindow, plan_rewind
+from pipeline.environment import read_launch
 from pipeline.errors import ConfigError, ExitCode
 from pipeline.limits import GuardsConfig
+from pipeline.track.faults import read_faults
 from pipeline.track.rewinds import steps_to_take
 from tests.plain import tiny_config
 
@@ -149,8 +151,23 @@ def test_of_ranks_that_all_live_the_one_behind_is_the_culprit():
     after = beats(("compute", 12), ("compute", 12), ("data", 12), number=2)
     told = culprit(before, after, 3)
     assert told == "rank 2 on gpu002 is in data of step 12 and the others wait for it"
-    same = beats(("agree", 12), ("agree", 12), number=2)
-    assert "all ranks are in agree of step 12" in culprit(beats(("agree", 12)) | {}, same, 2)
+    after = beats(("compute", 12), ("data", 12), ("data", 12), number=2)
+    told = culprit(before, after, 3)
+    assert told == (
+        "rank 1 on gpu001, rank 2 on gpu002 are in data of step 12 and the others wait for them"
+    )
+
+
+def test_ranks_that_are_all_at_one_place_wait_for_what_that_place_needs():
+    def at(phase, ranks):
+        places = [(phase, 12)] * ranks
+        return culprit(beats(*places), beats(*places, number=2), ranks)
+
+    free = "does not answer, or no processor is free (see the stacks)"
+    assert at("agree", 2) == f"all ranks are in agree of step 12: a collective or a device {free}"
+    assert at("compute", 1) == f"rank 0 on gpu000 is in compute of step 12: a device {free}"
+    assert at("data", 2).startswith("all ranks are in data of step 12: the loader or the storage")
+    assert "rank 0 on gpu000 is in log of step 12: the storage of the run does" in at("log", 1)
 
 
 def test_the_limit_is_thirty_seconds_and_three_times_the_slowest_of_recent_steps(monkeypatch):
@@ -212,7 +229,8 @@ def test_a_process_that_hangs_ends_with_76_and_leaves_stacks_and_reason(tmp_path
     assert time.monotonic() - begin < 20
     assert "stuck_in_here" in (tmp_path / "faults" / "stacks-rank-00000.txt").read_text()
     fault = json.loads((tmp_path / "faults" / "fault-1-0-watchdog.json").read_text())
-    assert fault["reason"].startswith("hang: step of step 3 took more than")
+    assert fault["reason"].startswith("hang: step 3 took more than")
+    assert "is in compute of step 3: a device does not answer" in fault["reason"]
     assert (fault["phase"], fault["step"]) == ("compute", 3)
 
 
@@ -228,3 +246,27 @@ def test_a_gpu_that_is_full_is_told_with_the_stage_and_what_to_change():
     later = as_memory_full(full, config, 2, is_first=False)
     assert later is not None
     assert later.exit_code == ExitCode.BUG
+
+
+def test_a_lost_peer_is_told_without_the_library_s_own_places_and_guesses():
+    said = RuntimeError(
+        "[/__w/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:5900: "
+        "Connection reset by peer. This is typically caused by a remote worker hanging.\nGLHF!"
+    )
+    told = as_peer_loss(said, read_launch({}))
+    assert str(told) == (
+        "Rank 0 of 1 lost its peers: Read error [127.0.0.1]:5900: Connection reset by peer."
+    )
+    assert told is not None
+    assert "jepa status" in told.remedy
+
+
+def test_the_last_word_after_ctrl_c_twice_is_the_keyboard_s(tmp_path):
+    dog = Watchdog(rank=0, world_size=1, config=GuardsConfig(), is_stopping=bool)
+    words = LastWords(read_launch({}), dog)
+    words.attach(tmp_path, 1)
+    words.leave(KeyboardInterrupt())
+    (fault,) = read_faults(tmp_path)
+    assert (fault.exit_code, fault.reason) == (
+        130, "Ctrl-C was pressed twice: ended at once, unsaved",
+    )  # fmt: skip

@@ -200,7 +200,7 @@ def _checkpoint(facts: RunFacts, *, every_byte: bool) -> Text:
     good, bad = _good_checkpoint(facts, every_byte=every_byte)
     told = Text("none is whole" if good is None else f"step {good}", "red" if good is None else "")
     since = facts.last_step - (good or 0)
-    told.append(f", {since} steps ago" if since > 0 and good is not None else "")
+    told.append(f", {since} step{'s' * (since != 1)} ago" if since > 0 and good is not None else "")
     checked = "every byte compared" if every_byte else "files and sizes compared"
     told.append(f"; {len(facts.commits)} kept; {checked}")
     for step, problem in bad.items():

@@ -276,7 +276,7 @@ class Saver:
 
 def _free_space(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free there"
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
     except OSError as error:
         # A folder that was removed under the run must not hide why the save failed.
         return f"that folder: {error.strerror}"

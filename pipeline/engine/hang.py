@@ -27,6 +27,14 @@ from pipeline.track.faults import FAULTS_FOLDER, RankFault, stacks_path, write_f
 HEARTBEAT_FOLDER = "heartbeats"
 # In the order of a step: of two ranks in one step, the one in the earlier phase is behind.
 PHASES = ("start", "data", "compute", "agree", "update", "log", "save", "end")
+# What such a phase waits for where it is not the other ranks or a device.
+_WAITS_FOR = {
+    "data": "the loader or the storage of the shards",
+    "log": "the storage of the run",
+    "save": "the storage of the run",
+    "wait": "the storage of the run",
+    "end": "the storage of the run or a server that gets its numbers",
+}
 _TICK_SECONDS = 1.0
 # A gap in this thread's own ticks means that the whole process was stopped or starved.
 _SUSPENDED_SECONDS = 5.0
@@ -189,7 +197,10 @@ class Watchdog:
         who = "the ranks had not met yet"
         if self._run_dir is not None:
             who = culprit(before, after, self._world_size)
-        reason = f"hang: {self._unit} of step {step} took more than {seconds:.0f} s; {who}"
+        what = {"start": "the start", "step": f"step {step}"}.get(
+            self._unit, f"{self._unit} of step {step}"
+        )
+        reason = f"hang: {what} took more than {seconds:.0f} s; {who}"
         if self._run_dir is not None:
             self._write_stacks(self._run_dir)
             fault = RankFault(
@@ -238,10 +249,14 @@ def culprit(before: Mapping[int, Beat], after: Mapping[int, Beat], world_size: i
     first = min(places.values())
     behind = [after[rank] for rank, place in sorted(places.items()) if place == first]
     told = ", ".join(f"rank {beat.rank} on {beat.host}" for beat in behind[:4])
-    where = f"in {behind[0].phase} of step {behind[0].step}"
-    if len(behind) == len(after):
-        return f"all ranks are {where}: a collective or a device does not answer (see the stacks)"
-    return f"{told} is {where} and the others wait for it"
+    phase = behind[0].phase
+    where = f"in {phase} of step {behind[0].step}"
+    if len(behind) < world_size:
+        verb, them = ("is", "it") if len(behind) == 1 else ("are", "them")
+        return f"{told} {verb} {where} and the others wait for {them}"
+    who, others = ("all ranks are", "a collective or ") if world_size > 1 else (f"{told} is", "")
+    cause = _WAITS_FOR.get(phase, f"{others}a device")
+    return f"{who} {where}: {cause} does not answer, or no processor is free (see the stacks)"
 
 
 def _is_silent(before: Beat | None, after: Beat | None) -> bool:

@@ -1,5 +1,6 @@
 """How a rank that ends badly is heard: a file of its own, and rank 0 puts all of them together."""
 
+import re
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from pipeline.engine.hang import Watchdog
 from pipeline.environment import Launch
-from pipeline.errors import ConfigError, ExitCode, JepaError, PeerLostError
+from pipeline.errors import INTERRUPTED, ConfigError, ExitCode, JepaError, PeerLostError
 from pipeline.run import RunConfig
 from pipeline.stages import place_of_step
 from pipeline.track.faults import RankFault, read_faults, write_fault
@@ -23,6 +24,8 @@ _PEER_WORDS = (
     "nccl",
     "gloo",
 )
+_PLACES = re.compile(r"\[/[^\]\s]*:\d+\] ")
+_GUESSES = re.compile(r" This is typically caused by .*", re.DOTALL)
 _SMALLER = (
     "Set a smaller micro_batch for that stage, activation_checkpointing=auto, or a higher "
     "zero.stage: `jepa plan` estimates what fits."
@@ -37,7 +40,13 @@ def as_peer_loss(error: BaseException, launch: Launch) -> PeerLostError | None:
         return None
     if not any(word in str(error).lower() for word in _PEER_WORDS):
         return None
-    return PeerLostError(f"Rank {launch.rank} of {launch.world_size} lost its peers: {error}")
+    # Without the places in gloo's source and its guesses: what is known is who lost whom.
+    told = _GUESSES.sub("", _PLACES.sub("", str(error))).strip()
+    return PeerLostError(
+        f"Rank {launch.rank} of {launch.world_size} lost its peers: {told}",
+        remedy="`jepa status RUN` says which rank was the first to fail, on which host and why; "
+        "`jepa resume RUN` continues.",
+    )
 
 
 def as_memory_full(
@@ -85,9 +94,9 @@ class LastWords:
             RankFault(
                 attempt=self._attempt,
                 rank=self._launch.rank,
-                reason=f"{type(error).__name__}: {error}",
+                reason=_reason(error),
                 kind=type(error).__name__,
-                exit_code=error.exit_code if isinstance(error, JepaError) else ExitCode.BUG,
+                exit_code=_code(error),
                 phase=phase,
                 step=step,
             ),
@@ -104,3 +113,15 @@ class LastWords:
             if known or time.monotonic() > deadline:
                 return faults
             time.sleep(0.1)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C was pressed twice: ended at once, unsaved"
+    return f"{type(error).__name__}: {error}"
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return error.exit_code if isinstance(error, JepaError) else ExitCode.BUG
