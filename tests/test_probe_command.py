@@ -49,6 +49,10 @@ def test_steps_are_compared_in_one_table_with_difference_and_chance(folder, caps
     printed = capsys.readouterr().out
     for part in ("step 0 (untrained)", "step 20", "difference", "33.3%", "attentive", "linear"):
         assert part in printed
+    told = " ".join(printed.split())
+    assert "± behind a score: standard deviation over its seeds." in told
+    assert "± behind a difference: 95 % interval" in told
+    assert "In brackets: 95 % interval" in told, "k-NN has no seeds"
 
 
 def test_json_holds_the_records_that_stand_in_the_runs_folder(folder, capsys):

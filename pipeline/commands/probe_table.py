@@ -1,6 +1,7 @@
 """Probe scores of several checkpoints as one table for people."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _footer(records: Sequence[ProbeRecord], out: Path) -> list[str]:
     any_record = records[0]
     lines = [
         f"Frozen {any_record.which}; heads fitted on {any_record.num_train} clips of "
-        f"{any_record.num_classes} classes. In brackets: 95 % interval for this many clips."
+        f"{any_record.num_classes} classes. {_spread_words(records)}"
     ]
     lines += sorted({f"{record.head}: {record.rule}." for record in records})
     lines += _other_rules(records)
@@ -86,6 +87,19 @@ def _footer(records: Sequence[ProbeRecord], out: Path) -> list[str]:
         words = ", ".join(f"{num} of {name}" for name, num in faults.items())
         lines.append(f"Videos left out as missing or undecodable: {words}.")
     return [*lines, f"{len(records)} result{'s' * (len(records) != 1)} in {out}"]
+
+
+def _spread_words(records: Sequence[ProbeRecord]) -> str:
+    """What stands behind the scores: of one seed an interval, of several how far they differ."""
+    seeds = Counter((record.head, record.step) for record in records).values()
+    words = []
+    if 1 in seeds:
+        words.append("In brackets: 95 % interval for this many clips.")
+    if max(seeds) > 1:
+        words.append("± behind a score: standard deviation over its seeds.")
+    if differences(records):
+        words.append("± behind a difference: 95 % interval for this many clips.")
+    return " ".join(words)
 
 
 def _other_rules(records: Sequence[ProbeRecord]) -> list[str]:
