@@ -31,7 +31,7 @@ from tests.shards import write_dataset
 
 # A loaded machine takes many times as long for what follows.
 pytestmark = pytest.mark.timeout(1800)
-STEPS, EVERY = 160, 40
+STEPS, EVERY = 120, 40
 LIMIT_SECONDS = 600
 
 
