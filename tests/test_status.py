@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -161,6 +163,18 @@ def test_the_owner_of_a_run_is_told_until_it_gives_the_run_up(live, capsys):
     assert f"process {os.getpid()} on " in status(live.path, capsys)["owner"]
     lease.release()
     assert status(live.path, capsys)["owner"] is None
+
+
+def test_a_run_whose_owner_was_killed_on_this_machine_is_silent_at_once(live, capsys):
+    words = "from pathlib import Path; import sys, os; from pipeline.track.lease import acquire; "
+    words += "acquire(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", words, str(live.path)], check=False, timeout=60)
+    told = status(live.path, capsys)
+    assert (told["state"], "which is no more" in told["owner"]) == ("silent", True)
+    assert "its process is no more; `jepa resume" in told["summary"]
+    lease = acquire(live.path)
+    assert status(live.path, capsys)["state"] == "running"
+    lease.release()
 
 
 def test_a_damaged_newest_checkpoint_is_told_beside_the_last_good_one(live, capsys):

@@ -225,7 +225,8 @@ def _owner(facts: RunFacts) -> str | None:
     held = look(facts.run_dir)
     if held is None or held.owner is None or held.owner.released:
         return None
-    return f"{held.owner.words}, last sign {duration(held.age_seconds)} ago"
+    died = ", which is no more" if facts.owner_has_died else ""
+    return f"{held.owner.words}{died}, last sign {duration(held.age_seconds)} ago"
 
 
 def _left_out(facts: RunFacts) -> list[tuple[int, int]]:

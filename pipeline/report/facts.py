@@ -29,6 +29,7 @@ from pipeline.track.health import Health, verdict
 from pipeline.track.jobs import JOBS_FILE
 from pipeline.track.journal import damaged_steps, read_journal, teacher_distances
 from pipeline.track.jsonl import read_json_lines
+from pipeline.track.lease import look
 from pipeline.track.ledger import Ledger, time_ledger
 from pipeline.track.metrics import (
     Event,
@@ -38,6 +39,7 @@ from pipeline.track.metrics import (
     read_events,
     without_superseded,
 )
+from pipeline.track.owner import has_died, this_process
 from pipeline.track.rates import Rates, eta_seconds, window_rates
 from pipeline.track.verdict import Checkpoints, Verdict, judge
 
@@ -68,6 +70,8 @@ class RunFacts:
     commits: tuple[int, ...]
     """Steps of the checkpoints that are whole by name."""
     now: float
+    owner_has_died: bool = False
+    """The process that owned the run is no more and gave nothing up; told on its machine alone."""
 
     @cached_property
     def steps(self) -> tuple[LoggedStep, ...]:
@@ -138,7 +142,7 @@ class RunFacts:
             return "not started"
         rates = self.rates
         patience = max(_SILENT_SECONDS, _SILENT_STEPS * (rates.step_seconds if rates else 0.0))
-        if self.now - self.last_sign > patience:
+        if self.owner_has_died or self.now - self.last_sign > patience:
             return "silent"
         if self._is_loading():
             return "starting"
@@ -200,7 +204,15 @@ def gather(run_dir: Path) -> RunFacts:
         faults=read_json_lines(run_dir / QUARANTINE_FILE).records,
         commits=tuple(commit.step for commit in list_commits(run_dir)),
         now=time.time(),
+        owner_has_died=_owner_has_died(run_dir),
     )
+
+
+def _owner_has_died(run_dir: Path) -> bool:
+    held = look(run_dir)
+    if held is None or held.owner is None or held.owner.released:
+        return False
+    return has_died(held.owner, this_process())
 
 
 def check_is_run(run_dir: Path) -> None:

@@ -38,6 +38,7 @@ def state_sentence(facts: RunFacts) -> str:
     of_all = f" of {facts.num_steps}" if facts.num_steps else ""
     place = f"step {facts.last_step}{of_all}"
     resume = f"`jepa resume {facts.run_dir}` continues it"
+    killed = "its process is no more" if facts.owner_has_died else "it was killed or hangs"
     reason = f": {facts.reason.rstrip('.')}" if facts.reason else ""
     sentences = {
         "not started": "Nothing has been recorded yet.",
@@ -47,8 +48,8 @@ def state_sentence(facts: RunFacts) -> str:
         "finished": f"Finished at {place}{reason}.",
         "stopped": f"Stopped at {place}{reason}; {resume}.",
         "failed": f"Failed at {place}{reason}; when the cause is mended, {resume}.",
-        "silent": f"No sign of life since {moment(facts.last_sign)}, at {place}: it was killed "
-        f"or hangs; {resume}.",
+        "silent": f"No sign of life since {moment(facts.last_sign)}, at {place}: {killed}; "
+        f"{resume}.",
     }
     return f"{sentences[facts.state]}{_origin(facts)}{_resumes(facts)}"
 

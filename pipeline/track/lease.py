@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.track.owner import Owner, is_seen_from, process_mark, read_owner, this_process
+from pipeline.track.owner import Owner, has_died, is_seen_from, read_owner, this_process
 
 LEASE_FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})\.json")
@@ -237,7 +237,7 @@ def _is_free(held: Held, me: Owner, stale_seconds: float) -> bool:
     if owner is not None:
         if owner.released:
             return True
-        if is_seen_from(owner, me) and process_mark(owner.pid) != owner.process:
+        if has_died(owner, me):
             return True
         if owner.job and owner.job == me.job and owner.launcher_attempt != me.launcher_attempt:
             # The scheduler starts a job again only when its former processes are gone.

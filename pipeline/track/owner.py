@@ -65,6 +65,11 @@ def is_seen_from(owner: Owner, me: Owner) -> bool:
     return owner.host == me.host and _namespace(owner.process) == _namespace(me.process)
 
 
+def has_died(owner: Owner, me: Owner) -> bool:
+    """Whether `me` can tell that the owner's process is no more."""
+    return is_seen_from(owner, me) and process_mark(owner.pid) != owner.process
+
+
 def _namespace(mark: str) -> str:
     return mark.rpartition("/")[0]
 
