@@ -97,6 +97,7 @@ def _summary(report: "CurateReport") -> str:
         f"{report.num_samples_drawn} of {report.num_samples} samples are drawn, as varied as "
         f"{report.effective_samples:g} equal ones; {report.num_undecodable} cannot be decoded\n"
         f"weights.npy {report.weights_sha256}\n"
+        "runs that were begun before need sample_weights: false of this source to be resumed\n"
         f"look at {report.picture}"
     )
 

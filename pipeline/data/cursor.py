@@ -167,7 +167,9 @@ def _one_source_differences(was: SourceIdentity, now: SourceIdentity) -> Iterato
     if was.weight != now.weight:
         yield f"weight was {was.weight}, is {now.weight}"
     if was.weights_sha256 != now.weights_sha256:
-        yield f"its samples were drawn {_drawn(was)}, are drawn {_drawn(now)}"
+        alike = was.weights_sha256 is None
+        again = "; its sample_weights: false draws them as before" if alike else ""
+        yield f"its samples were drawn {_drawn(was)}, are drawn {_drawn(now)}{again}"
     if was.num_samples != now.num_samples:
         yield f"had {was.num_samples} samples, has {now.num_samples}"
     elif was.index_sha256 != now.index_sha256:
