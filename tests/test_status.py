@@ -174,7 +174,8 @@ def test_a_run_whose_owner_was_killed_on_this_machine_is_silent_at_once(live, ca
     assert "its process is no more; `jepa resume" in told["summary"]
     lease = acquire(live.path)
     assert status(live.path, capsys)["state"] == "running"
-    lease.release()
+    lease.release()  # as a start does that is refused
+    assert status(live.path, capsys)["state"] == "silent"
 
 
 def test_a_damaged_newest_checkpoint_is_told_beside_the_last_good_one(live, capsys):

@@ -225,7 +225,7 @@ def _owner(facts: RunFacts) -> str | None:
     held = look(facts.run_dir)
     if held is None or held.owner is None or held.owner.released:
         return None
-    died = ", which is no more" if facts.owner_has_died else ""
+    died = ", which is no more" if facts.is_abandoned else ""
     return f"{held.owner.words}{died}, last sign {duration(held.age_seconds)} ago"
 
 

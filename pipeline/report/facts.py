@@ -70,8 +70,8 @@ class RunFacts:
     commits: tuple[int, ...]
     """Steps of the checkpoints that are whole by name."""
     now: float
-    owner_has_died: bool = False
-    """The process that owned the run is no more and gave nothing up; told on its machine alone."""
+    is_abandoned: bool = False
+    """Nobody owns the run: its last owner gave it up, or this machine knows that it has died."""
 
     @cached_property
     def steps(self) -> tuple[LoggedStep, ...]:
@@ -142,7 +142,7 @@ class RunFacts:
             return "not started"
         rates = self.rates
         patience = max(_SILENT_SECONDS, _SILENT_STEPS * (rates.step_seconds if rates else 0.0))
-        if self.owner_has_died or self.now - self.last_sign > patience:
+        if self.is_abandoned or self.now - self.last_sign > patience:
             return "silent"
         if self._is_loading():
             return "starting"
@@ -192,6 +192,8 @@ def gather(run_dir: Path) -> RunFacts:
         UsageError: It is no run's folder; the nearest names of runs are told.
     """
     check_is_run(run_dir)
+    # Before the events: a run tells how it ended first, then it gives itself up.
+    is_abandoned = _is_abandoned(run_dir)
     config, problem = _read_config(run_dir)
     return RunFacts(
         run_dir=run_dir,
@@ -204,15 +206,15 @@ def gather(run_dir: Path) -> RunFacts:
         faults=read_json_lines(run_dir / QUARANTINE_FILE).records,
         commits=tuple(commit.step for commit in list_commits(run_dir)),
         now=time.time(),
-        owner_has_died=_owner_has_died(run_dir),
+        is_abandoned=is_abandoned,
     )
 
 
-def _owner_has_died(run_dir: Path) -> bool:
+def _is_abandoned(run_dir: Path) -> bool:
     held = look(run_dir)
-    if held is None or held.owner is None or held.owner.released:
+    if held is None or held.owner is None:
         return False
-    return has_died(held.owner, this_process())
+    return held.owner.released or has_died(held.owner, this_process())
 
 
 def check_is_run(run_dir: Path) -> None:

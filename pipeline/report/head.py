@@ -38,7 +38,7 @@ def state_sentence(facts: RunFacts) -> str:
     of_all = f" of {facts.num_steps}" if facts.num_steps else ""
     place = f"step {facts.last_step}{of_all}"
     resume = f"`jepa resume {facts.run_dir}` continues it"
-    killed = "its process is no more" if facts.owner_has_died else "it was killed or hangs"
+    killed = "its process is no more" if facts.is_abandoned else "it was killed or hangs"
     reason = f": {facts.reason.rstrip('.')}" if facts.reason else ""
     sentences = {
         "not started": "Nothing has been recorded yet.",
