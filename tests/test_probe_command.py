@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.conduct.tasks import TaskNeeds, run_as_task
 from pipeline.errors import DataError, ExitCode, PeerLostError
 from pipeline.probe.evaluate import run_probe
 from pipeline.probe.records import ProbeProgress, ProbeRequest
+from pipeline.probe.tasks import KnnConfig
 from pipeline.track.folder import read_probes
 from tests.probe_data import ssv2_task, write_run, write_ssv2
 
@@ -168,6 +170,23 @@ def test_ray_gives_the_same_numbers_its_progress_and_the_errors_as_they_were_rai
     assert {"step 20: encode train videos", "step 20: fit linear, seed 0"} <= {
         event.phase for event in events if event.done == event.total
     }
+
+
+def test_scores_of_other_settings_are_kept_apart_and_named(folder):
+    request, events = replace(_request(folder, "twice"), heads=("knn",)), []
+    first = run_probe(request, report=events.append)
+    assert run_probe(request, report=events.append)[0].top1 == first[0].top1
+    assert not (request.out / "earlier").exists(), "the same settings replace their own scores"
+    before = (request.out / f"{request.stem}.json").read_text()
+    other = request.task.model_copy(update={"knn": KnnConfig(k=1)})
+    run_probe(replace(request, task=other), report=events.append)
+    (earlier,) = (request.out / "earlier").iterdir()
+    assert earlier.read_text() == before
+    assert str(earlier) in events[-1].phase
+    assert (
+        json.loads((request.out / f"{request.stem}.json").read_text())["task_config"]["knn"]["k"]
+        == 1
+    )
 
 
 def _fails(*, report):

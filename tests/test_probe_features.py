@@ -24,7 +24,7 @@ from pipeline.probe.evaluate import evaluate
 from pipeline.probe.features import LiveInputs
 from pipeline.probe.frozen import freeze
 from pipeline.probe.records import ProbeRequest, wilson_interval
-from pipeline.probe.tasks import Augmentation, ClipConfig, LinearConfig
+from pipeline.probe.tasks import Augmentation, ClipConfig, LinearConfig, RandAugment
 from tests.probe_data import moving_square, ssv2_task, tiny_encoder, write_ssv2
 
 
@@ -222,7 +222,9 @@ def test_tokens_encoded_in_every_epoch_give_the_scores_of_those_on_disk(squares,
 
 
 def test_augmentation_is_a_function_of_epoch_and_video_and_off_for_scoring(squares):
-    augmentation = Augmentation(random_crop=True, random_time=True, erase=1.0)
+    augmentation = Augmentation(
+        random_crop=True, random_time=True, rand_augment=RandAugment(), erase=1.0
+    )
     task = ssv2_task(squares, augmentation=augmentation)
     split = read_task(task).train
     reader, again = (

@@ -16,6 +16,7 @@ from pipeline.data.badmedia import BadMediaError
 from pipeline.data.decode import DecodeLimits, decode_frames, probe_media
 from pipeline.data.sampling import clip_times
 from pipeline.probe.annotations import LabelledVideo, Split
+from pipeline.probe.randaugment import rand_augment
 from pipeline.probe.shards import read_sample
 from pipeline.probe.stills import decode_still, is_still
 from pipeline.probe.tasks import Augmentation, ClipConfig
@@ -119,6 +120,9 @@ class ClipReader:
         """uint8 [V, C, T, H, W] of one segment."""
         if epoch is None:
             return _squares(frames_THWC, self.clip.resolution, self.num_views)
+        if self.augmentation.rand_augment is not None:
+            generator = np.random.default_rng([_AUGMENTATION_SEED + 2, draw])
+            frames_THWC = rand_augment(frames_THWC, self.augmentation.rand_augment, generator)
         if not self.augmentation.random_crop:
             video_VCTHW = _squares(frames_THWC, self.clip.resolution, 1)
         else:

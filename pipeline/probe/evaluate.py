@@ -44,7 +44,10 @@ def run_probe(request: ProbeRequest, *, report: Report) -> list[ProbeRecord]:
         records = evaluate(encoder, videos, request, report=report)
     except torch.OutOfMemoryError as error:
         raise _memory_full(request.task, error) from error
-    write_results(records, request, videos.validation)
+    earlier = write_results(records, request, videos.validation)
+    if earlier is not None:
+        words = f"{request.label}: scores of other settings were kept as {earlier}"
+        report(ProbeProgress(phase=words, done=1, total=1))
     return records
 
 

@@ -58,10 +58,21 @@ def record(
         hardest=_hardest(outcome, subject.validation.split),
         seconds=seconds,
         encoder_digest=subject.encoder.digest,
-        task_digest=sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        task_digest=_digest(config),
         task_config=config,
         written=time.time(),
     )
+
+
+def _digest(config: object) -> str:
+    """Of the settings that are there: a later version's optional key, unset, is no other task."""
+    return sha256(json.dumps(_without_unset(config), sort_keys=True).encode()).hexdigest()
+
+
+def _without_unset(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_unset(one) for key, one in value.items() if one is not None}
 
 
 def _per_class(outcome: Outcome, names: tuple[str, ...]) -> list[ClassScore]:

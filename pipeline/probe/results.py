@@ -1,6 +1,7 @@
 """The files of `RUN/probes`: one JSON for each checkpoint and task, pictures of its hardest clips.
 
 TASK-STEP-WHICH.json            what was asked, on what, and under `scores` every head and seed
+earlier/TASK-STEP-WHICH-….json  the same of other settings or another encoder, by time of writing
 pictures/TASK-STEP-WHICH.npz    frames of the hardest clips by position, uint8 [T, H, W, 3]
 heads/TASK-STEP-WHICH-….safetensors   weights of attentive heads, where they were asked for
 """
@@ -9,6 +10,8 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,16 @@ from pipeline.track.folder import PROBE_PICTURES, read_json_object, write_json
 _MOST_PICTURES, _PICTURE_FRAMES, _PICTURE_PIXELS = 24, 4, 96
 
 
-def write_results(records: Sequence[ProbeRecord], request: ProbeRequest, validation: Split) -> None:
+def write_results(
+    records: Sequence[ProbeRecord], request: ProbeRequest, validation: Split
+) -> Path | None:
     """Adds scores to the file of their checkpoint and task, and draws the clips they name.
 
     Scores of other heads and seeds that stand there are kept if they are of the same encoder, task
     and settings; what does not belong together is not put side by side.
+
+    Returns:
+        Where scores went that stood there and do not belong to these.
 
     Raises:
         StorageError: A file cannot be written.
@@ -43,11 +51,13 @@ def write_results(records: Sequence[ProbeRecord], request: ProbeRequest, validat
     fresh = document(records)
     before = read_json_object(path)
     same = all(before.get(key) == fresh[key] for key in ("encoder_digest", "task_digest"))
+    earlier = None if same or not before else _set_aside(path)
     scores = _merged(before.get("scores", []) if same else [], fresh["scores"])
     seeds = sorted({score["seed"] for score in scores})
     write_json(path, {**fresh, "seeds": seeds, "scores": scores})
     _remove_single_files(request, fresh["scores"])
     _write_pictures(scores, request, validation)
+    return earlier
 
 
 def document(records: Sequence[ProbeRecord]) -> dict[str, Any]:
@@ -56,6 +66,17 @@ def document(records: Sequence[ProbeRecord]) -> dict[str, Any]:
     shared = {key: value for key, value in plain[0].items() if key not in SCORE_FIELDS}
     scores = [{key: one[key] for key in one if key in SCORE_FIELDS} for one in plain]
     return {**shared, "scores": scores}
+
+
+def _set_aside(path: Path) -> Path:
+    stamp = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%S")
+    target = path.parent / "earlier" / f"{path.stem}-{stamp}{path.suffix}"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    except OSError as error:
+        raise StorageError(f"cannot move {path} to {target}: {error.strerror}") from error
+    return target
 
 
 def _merged(old: Iterable[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

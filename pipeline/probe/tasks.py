@@ -151,6 +151,22 @@ class KnnConfig(Section):
     """As for the linear head."""
 
 
+class RandAugment(Section):
+    """Random changes of colour and geometry, the same in all frames of a segment.
+
+    The defaults are the published `rand-m7-n4-mstd0.5-inc1`.
+    """
+
+    operations: int = Field(default=4, ge=1)
+    """Operations drawn for a segment, with replacement."""
+    magnitude: float = Field(default=7.0, ge=0, le=10)
+    """How strong they are; 10 is a turn by 30 degrees, a shift by 45 % of the picture."""
+    deviation: float = Field(default=0.5, ge=0)
+    """Standard deviation of the magnitude from one operation to the next."""
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """How often an operation that was drawn is carried out."""
+
+
 class Augmentation(Section):
     """What varies in the training clips of the attentive head; any of it encodes every epoch."""
 
@@ -158,13 +174,17 @@ class Augmentation(Section):
     """Cut a random rectangle of 8 to 100 % of the picture instead of the centre square."""
     random_time: bool = False
     """Start a segment at a random frame where the video is longer than the segment."""
+    rand_augment: RandAugment | None = None
+    """Change colour and geometry of whole frames, before they are cut; `{}` for the published
+    settings."""
     erase: float = Field(default=0.0, ge=0, le=1)
     """Probability that one rectangle of a clip is replaced by noise in all frames."""
 
     @property
     def varies(self) -> bool:
         """True if two passes over the training clips can differ."""
-        return self.random_crop or self.random_time or self.erase > 0
+        drawn = self.random_crop or self.random_time or self.rand_augment is not None
+        return drawn or self.erase > 0
 
 
 class TaskConfig(Section):
