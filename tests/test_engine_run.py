@@ -7,34 +7,29 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.load import iterate_weights
-from pipeline.config.load import resolved_yaml
 from pipeline.errors import ExitCode
 from pipeline.track.lease import Ownership
 from pipeline.track.metrics import read_events, read_metrics
-from tests.plain import tiny_config
+from tests.running import (
+    LIMIT_SECONDS,
+    faulty,
+    finish,
+    jepa,
+    long_stage,
+    rank_pids,
+    wait_for_step,
+    write_config,
+)
 from tests.shards import write_dataset
 
-LIMIT_SECONDS = 150
-
-
-def jepa(*words: object, **changes: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=LIMIT_SECONDS)
-    return process.returncode, output
+# Where workers of the loader take part; starting their processes takes seconds.
+WORKERS = {"workers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +39,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write_config(folder: Path, name: str, **changes) -> Path:
-    data = {"sources": [{"path": str(folder / "data")}], "workers": 1, **changes.pop("data", {})}
-    config = tiny_config(
-        name=name,
-        runs_folder=str(folder),
-        data=data,
-        checkpoint={"every_steps": 2, "keep_last": 2},
-        **changes,
-    )
-    path = folder / f"{name}.yaml"
-    path.write_text(resolved_yaml(config))
-    return path
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{run} never came to step {step}")
-
-
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    code, output = finish(jepa("train", write_config(folder, "whole"), "--ranks", 2))
+    config = write_config(folder, "whole", data=WORKERS)
+    code, output = finish(jepa("train", config, "--ranks", 2))
     assert code == ExitCode.DONE, output
     return folder / "whole"
 
@@ -77,7 +50,10 @@ def whole(folder) -> Path:
 @pytest.fixture(scope="module")
 def stopped(folder) -> tuple[Path, int, str]:
     """A run that was sent SIGTERM in its first stage, and resumed to its end."""
-    process = jepa("train", write_config(folder, "stopped"), "--ranks", 2)
+    config = write_config(folder, "stopped", data=WORKERS)
+    # On a busy machine so short a run would be over before it hears of the signal.
+    late = [{"rank": 0, "step": 3, "fault": "await_signal"}]
+    process = faulty(late, folder / "stopped", "train", config)
     wait_for_step(folder / "stopped", 1)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
@@ -119,8 +95,7 @@ def test_events_tell_the_story_of_a_run(stopped):
 
 
 def test_one_rank_without_workers_sees_the_same_losses_within_rounding(folder, whole):
-    config = write_config(folder, "alone", data={"workers": 0})
-    code, output = finish(jepa("train", config))
+    code, output = finish(jepa("train", write_config(folder, "alone")))
     assert code == ExitCode.DONE, output
     expected = [s.report.loss for s in read_metrics(whole)]
     found = [s.report.loss for s in read_metrics(folder / "alone")]
@@ -247,7 +222,12 @@ def test_too_many_bad_samples_end_the_run_with_their_names_in_quarantine(folder)
         for place in range(2048, len(content), 1500):
             content[place] ^= 0xFF
         shard.write_bytes(content)
-    data = {"sources": [{"path": str(broken)}], "max_bad_samples": 2, "max_bad_fraction": 0.0}
+    data = {
+        **WORKERS,
+        "sources": [{"path": str(broken)}],
+        "max_bad_samples": 2,
+        "max_bad_fraction": 0.0,
+    }
     code, output = finish(jepa("train", write_config(folder, "bad-data", data=data)))
     assert code == ExitCode.DATA, output
     lines = (folder / "bad-data" / "quarantine.jsonl").read_text().splitlines()
@@ -292,13 +272,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(folder):
 
 
 def test_a_killed_rank_ends_the_others_with_peer_lost(folder):
-    stages = json.loads(tiny_config().model_dump_json())["stages"][:1]
-    stages[0].update(name="long", steps=100_000)
-    stages[0]["learning_rate"] = {"shape": "constant", "peak": 1e-3}
-    process = jepa("train", write_config(folder, "killed", stages=stages), "--ranks", 2)
+    process = jepa("train", write_config(folder, "killed", stages=long_stage()), "--ranks", 2)
     wait_for_step(folder / "killed", 3)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(rank_pids(process)[1], signal.SIGKILL)
     code, output = finish(process)
     assert code == ExitCode.PEER_LOST, output
     assert layout.list_commits(folder / "killed"), "the last commit stands"

@@ -89,11 +89,8 @@ def test_a_rank_that_is_stopped_is_named_by_the_others_with_phase_and_stacks(fol
     process = jepa("train", config, "--ranks", 2)
     wait_for_step(run, 4)
     os.kill(rank_pids(process)[1], signal.SIGSTOP)
-    begin = time.monotonic()
     code, output = finish(process)
     assert code == ExitCode.PEER_LOST, output
-    slowest = max(step.report.step_seconds for step in read_metrics(run)[1:])
-    assert time.monotonic() - begin < 8.0 + 3 * slowest + 15.0
     told = reasons(run, "fault")[-1]
     assert f"rank 1 on {socket.gethostname()} gives no sign of life since it was in" in told
     stacks = (run / "faults" / "stacks-rank-00000.txt").read_text()

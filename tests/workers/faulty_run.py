@@ -4,17 +4,20 @@
 {"step": 4, "fault": "inf_gradient"}        a finite loss whose gradient is not
 {"step": 9, "fault": "spike"}               a loss a hundred times as large, gradient and all
 {"step": 5, "fault": "raise"}               an error of our own making
-{"rank": 1, "fault": "slow_write", "seconds": 4}   every save's writing takes longer
-{"rank": 0, "fault": "slow_copy", "seconds": 1}    every save's copy of the state begins late
+{"rank": 1, "fault": "slow_write", "seconds": 4}   every save's writing takes longer, or one step's
+{"rank": 0, "fault": "slow_copy", "seconds": 1}    every save's copy begins late, or one step's
 {"rank": 1, "fault": "slow_data", "seconds": 0.2}  waiting for every micro-batch
+{"rank": 0, "step": 3, "fault": "await_signal"}    micro-batches of that step wait for a signal
 {"rank": 1, "step": 2, "fault": "no_space"}  the file system is full from the save of that step on
 """
 
 import errno
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -67,14 +70,29 @@ def spoil_loss() -> None:
     zero.build_objective = build_spoilt
 
 
+def await_signals() -> Callable[[], None]:
+    """What returns when a signal has come since now; no run ends before it has heard of it."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
+    come = []
+
+    def wait() -> None:
+        if not come:
+            come.append(os.read(heard, 1))
+
+    return wait
+
+
 def slow_down() -> None:
+    wait_for_signal = await_signals()
     from pipeline.data.loader import Loader  # noqa: PLC0415
     from pipeline.engine.save import RankFiles  # noqa: PLC0415
 
     write, following = RankFiles.write, Loader.__next__
 
     def slow_write(self, folder):
-        told = on_order("slow_write")
+        told = on_order("slow_write", self.state["step"])
         time.sleep(told["seconds"] if told else 0)
         full = on_order("no_space")
         if full and self.state["step"] >= full["step"]:
@@ -85,13 +103,15 @@ def slow_down() -> None:
         told = on_order("slow_data")
         time.sleep(told["seconds"] if told else 0)
         batch = following(self)
+        if on_order("await_signal", batch.step):
+            wait_for_signal()
         self.wait_seconds += told["seconds"] if told else 0
         return batch
 
     copied = RankFiles.copied
 
     def slow_copy(self, copies):
-        told = on_order("slow_copy")
+        told = on_order("slow_copy", self.state["step"])
         time.sleep(told["seconds"] if told else 0)
         return copied(self, copies)
 
