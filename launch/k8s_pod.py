@@ -24,6 +24,8 @@ from pipeline.place import Node, node_of
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _RETRY_SECONDS = 0.5
+# The usual delay is shorter and not worth a word.
+_SILENT_SECONDS = 10.0
 _WAIT_SECONDS = 600.0
 
 
@@ -95,7 +97,7 @@ def wait_for_name(node: Node, seconds: float) -> str:
         PeerLostError: It is not known in time.
     """
     deadline = time.monotonic() + seconds
-    told_at = time.monotonic() + 10  # the usual delay is shorter and not worth a word
+    told_at = time.monotonic() + _SILENT_SECONDS
     while True:
         try:
             found = socket.getaddrinfo(node.master_address, node.master_port)
