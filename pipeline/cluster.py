@@ -5,14 +5,17 @@ asks for a token; one that is joined has to ask for a token as well. Nothing tha
 here is ever shut down.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import JepaError, UsageError
@@ -21,6 +24,11 @@ _NAMESPACE = "jepa"
 # Tasks hand over paths and small results, never videos; Ray's own default is a third of memory.
 _OBJECT_STORE_BYTES = 200 << 20
 _CONNECT_SECONDS = 10.0
+# Short on purpose: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
+_TEMPORARY = Path("/tmp")  # noqa: S108 - what lies in it is made by mkdtemp
+_PREFIX, _LOCK = "jepa-ray-", "driver.lock"
+# Until then a folder may be one whose process has not locked it yet, or whose Ray is still ending.
+_SETTLED_SECONDS = 60.0
 _VARIABLES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -129,27 +137,49 @@ def _import_ray() -> ModuleType:
 
 @contextmanager
 def _started(ray: ModuleType, num_cpus: float | None, num_gpus: float | None) -> Iterator[None]:
-    # Short on purpose: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
-    folder = tempfile.mkdtemp(prefix="jepa-ray-", dir="/tmp")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            namespace=_NAMESPACE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
-        host = ray.get_runtime_context().gcs_address.rpartition(":")[0]
-        if host not in ("127.0.0.1", "localhost", "[::1]"):
-            raise JepaError(f"Ray listened on {host} instead of the loopback and was shut down")
-        yield
-    finally:
-        ray.shutdown()
+    with _own_folder() as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                namespace=_NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            host = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+            if host not in ("127.0.0.1", "localhost", "[::1]"):
+                raise JepaError(f"Ray listened on {host} instead of the loopback and was shut down")
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A folder for Ray's files; those that killed processes of this user left go with it."""
+    for left in _TEMPORARY.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or gone
+            _remove_if_left(left)
+    folder = tempfile.mkdtemp(prefix=_PREFIX, dir=_TEMPORARY)
+    with (Path(folder) / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_left(folder: Path) -> None:
+    about = folder.lstat()
+    if about.st_uid != os.getuid() or time.time() - about.st_mtime < _SETTLED_SECONDS:
+        return
+    with (folder / _LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import psutil
@@ -100,3 +102,22 @@ except Exception as error:
 """
     assert run(code) == "UsageError True"
     assert "JepaError" in run("import ray\n" + code)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_of_living_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_TEMPORARY", tmp_path)
+    killed, young, foreign = (tmp_path / f"jepa-ray-{name}" for name in ("old", "new", "else"))
+    for folder in (killed, young, foreign):
+        (folder / "session").mkdir(parents=True)
+    for folder in (killed, young):
+        (folder / "driver.lock").touch()
+    long_ago = time.time() - 3600
+    with cluster._own_folder() as living:
+        for folder in (killed, foreign, Path(living)):
+            os.utime(folder, (long_ago, long_ago))
+        with cluster._own_folder() as own:
+            left = {path.name for path in tmp_path.iterdir()}
+            assert left == {Path(living).name, Path(own).name, young.name, foreign.name}
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, foreign.name}

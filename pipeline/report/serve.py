@@ -112,7 +112,10 @@ class LivePage:
             return
         version = self._page.version + 1 if self._page is not None else 1
         self._page = _Page(
-            version=version, html=html.encode(), state=facts.state, step=facts.last_step
+            version=version,
+            html=html.encode("utf-8", "backslashreplace"),
+            state=facts.state,
+            step=facts.last_step,
         )
         self._problem = ""
 
