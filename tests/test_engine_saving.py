@@ -33,9 +33,13 @@ def behind(folder) -> Path:
     """Copying and writing take their time, so that steps change what is being saved meanwhile."""
     checkpoint = {**KEEP_ALL, "store": url_of(folder), "every_steps": 2}
     config = write_config(folder, "behind", checkpoint=checkpoint)
+    # Steps 3 and 6 end a stage, which waits for its save: there is nothing behind to be seen.
+    copy = {"rank": 0, "fault": "slow_copy", "seconds": 0.5}
+    write = {"rank": 1, "fault": "late_write"}
     slow = [
-        {"rank": 0, "fault": "slow_copy", "seconds": 0.5},
-        {"rank": 1, "fault": "slow_write", "seconds": 1.5},
+        change
+        for step in (2, 4)
+        for change in ({**copy, "step": step}, {**write, "step": step, "until": step + 1})
     ]
     code, output = finish(faulty(slow, folder / "behind", "train", config))
     assert code == ExitCode.DONE, output
@@ -83,7 +87,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written(behind):
     inside = [s for s in read_metrics(behind) if begun.time < s.time < saved.time]
     assert [s.report.step for s in inside] == [3], "its end is a stage's, which waits to be saved"
     assert inside[0].time - begun.time > 0.5, "no update before the copy is there"
-    assert saved.details["behind_seconds"] > 1.4 > 3 * begun.details["seconds"]
+    assert saved.details["behind_seconds"] > max(0.5, begun.details["seconds"])
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_store_bit_for_bit(behind, folder, tmp_path):

@@ -206,14 +206,6 @@ def test_a_node_that_fails_the_checks_is_left_out_of_all_further_starts(toys):
     assert "failure" not in log, "the node's fault is not the run's"
 
 
-def test_torchrun_hands_on_a_warning_waits_for_a_long_save_and_tells_75(toys):
-    assert toys.end("agent") == ("COMPLETED", "0")
-    log = toys.log("agent")
-    assert log.count("start 0: saved") == 4, "nobody was killed after 30 s"
-    assert "ended with 75" in log
-    assert "saved at step 1: back into the queue" in log
-
-
 def test_torchrun_tells_the_code_of_the_rank_that_failed(toys):
     assert toys.end("agent-78") == ("FAILED", "78")
     assert "ended with 78" in toys.log("agent-78")
@@ -272,3 +264,12 @@ def test_a_job_that_shall_not_come_back_does_not(toys, name, code, starts, says)
     assert toys.end(name) == ("FAILED", code)
     assert says in toys.log(name)
     assert toys.starts(name) == starts
+
+
+def test_torchrun_hands_on_a_warning_waits_for_a_long_save_and_tells_75(toys):
+    """The last one here: meanwhile its save has gone on."""
+    assert toys.end("agent") == ("COMPLETED", "0")
+    log = toys.log("agent")
+    assert log.count("start 0: saved") == 4, "nobody was killed after 30 s"
+    assert "ended with 75" in log
+    assert "saved at step 1: back into the queue" in log

@@ -8,6 +8,7 @@
 {"rank": 0, "fault": "slow_copy", "seconds": 1}    every save's copy begins late, or one step's
 {"rank": 1, "fault": "slow_data", "seconds": 0.2}  waiting for every micro-batch
 {"rank": 0, "step": 3, "fault": "await_signal"}    micro-batches of that step wait for a signal
+{"rank": 1, "step": 2, "fault": "late_write", "until": 3}  that save's writing waits for that step
 {"rank": 1, "step": 2, "fault": "no_space"}  the file system is full from the save of that step on
 """
 
@@ -24,6 +25,7 @@ import torch
 
 from pipeline.cli import main
 from pipeline.clip import Losses
+from tests.running import wait_for_step
 
 RANK = int(os.environ.get("RANK", "0"))
 FAULTS = [
@@ -94,6 +96,10 @@ def slow_down() -> None:
     def slow_write(self, folder):
         told = on_order("slow_write", self.state["step"])
         time.sleep(told["seconds"] if told else 0)
+        late = on_order("late_write", self.state["step"])
+        if late:
+            run = next(above for above in folder.parents if (above / "run.json").exists())
+            wait_for_step(run, late["until"])
         full = on_order("no_space")
         if full and self.state["step"] >= full["step"]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "half"))
