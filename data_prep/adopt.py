@@ -137,7 +137,8 @@ def index_tars(
 
 def _tars(folder: Path, out: Path, *, overwrite: bool) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder", remedy="Name the folder with the tars.")
+        problem = "not a folder" if folder.exists() else "no such folder"
+        raise UsageError(f"{folder}: {problem}", remedy="Name the folder with the tars.")
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not tars:
         raise UsageError(

@@ -166,6 +166,26 @@ def test_a_mistake_in_a_table_names_file_row_expected_and_got(tmp_path, name, co
         listed(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "content"),
+    [
+        ("l.txt", "list", "a.mp4"),
+        ("k.csv", "kinetics", "a.mp4 7"),
+        ("o.csv", "kinetics", "youtube_id,time_start,time_end\r\na,1,2"),
+        ("t.csv", "table", "path,caption\r\na.mp4,b"),
+    ],
+)
+def test_a_text_may_begin_with_a_mark_of_its_encoding_and_end_lines_twice(
+    tmp_path, name, kind, content
+):
+    video(tmp_path / "a.mp4")
+    (tmp_path / name).write_bytes(f"\ufeff{content}\r\n\r\n".encode())
+    assert recognised(str(tmp_path / name)) == kind
+    found, others = listed(tmp_path / name)
+    assert [one.locator for one in found] == [str(tmp_path / "a.mp4")]
+    assert others == {}
+
+
 def test_lists_by_line_and_by_nul_and_captions_beside_the_videos(tmp_path):
     hostile = tmp_path / "new\nline.mp4"
     for path in (tmp_path / "a.mp4", hostile, tmp_path / "sub" / "-dash.webm"):

@@ -47,7 +47,7 @@ def sources(path: str, listing: Listing) -> Iterator[Source]:
         UsageError: A row is not as documented.
     """
     with opened_file(path) as file:
-        head = file.readline(1 << 16).decode("utf-8", "replace")
+        head = file.readline(1 << 16).decode("utf-8-sig", "replace")
     official = is_official(head)
     with opened_file(path) as file:
         yield from (_official if official else _path_labels)(file, path, listing)
@@ -77,7 +77,7 @@ def _split(line: str) -> tuple[str, str, str]:
 
 def _official(file: IO[bytes], path: str, listing: Listing) -> Iterator[Source]:
     base = listing.videos or parent_of(path)
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     for row, values in enumerate(csv.DictReader(text), start=2):
         video = (values.get("youtube_id") or "").strip()
         if not video or "/" in video:

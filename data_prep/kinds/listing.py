@@ -1,5 +1,6 @@
 """What readers of all kinds share: where a file is, its size and age, mistakes in tables."""
 
+import codecs
 import itertools
 import os
 import posixpath
@@ -194,7 +195,9 @@ def rows_of(file: IO[bytes]) -> Iterator[tuple[int, str]]:
     head = file.peek(1 << 16) if hasattr(file, "peek") else b""  # pyright: ignore
     lines = _parts(file) if b"\0" in head else file
     for number, line in zip(itertools.count(1), lines, strict=False):
-        raw = line.rstrip(b"\r\n") if isinstance(line, bytes) else line
+        raw = line.rstrip(b"\r\n")
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)  # as some editors begin a text
         if raw:
             yield number, os.fsdecode(raw)
 

@@ -114,7 +114,7 @@ def _recognised_file(path: str) -> Kind:
 
 def _recognised_table(path: str, suffix: str) -> Kind:
     with opened_file(path) as file:
-        lines = [file.readline(1 << 16).decode("utf-8", "replace").strip() for _ in range(2)]
+        lines = [file.readline(1 << 16).decode("utf-8-sig", "replace").strip() for _ in range(2)]
     if kinetics.is_official(lines[0]):
         return "kinetics"
     if suffix == ".csv" and {name.strip().strip('"') for name in lines[0].split(",")} & {
