@@ -15,8 +15,9 @@ from pipeline.models.encoder import Encoder, EncoderConfig
 from pipeline.models.packing import target_tokens
 from pipeline.models.predictor import Predictor, PredictorConfig
 
-ENCODER = EncoderConfig(width=48, heads=2, depth=3, patch_size=8)
-PREDICTOR = PredictorConfig(width=24, heads=2, depth=2, num_mask_tokens=2)
+# Every block is compiled anew: one that is recomputed, one that is not, and one that predicts.
+ENCODER = EncoderConfig(width=48, heads=2, depth=2, patch_size=8)
+PREDICTOR = PredictorConfig(width=24, heads=2, depth=1, num_mask_tokens=2)
 GRID = ENCODER.grid(4, 32)
 STEPS = 3
 # gradient_clipping must be named: DeepSpeed clips to 1.0 when nothing is said.
