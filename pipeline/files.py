@@ -6,6 +6,7 @@ Functions here raise plain `OSError`: only the caller knows what its file was fo
 import hashlib
 import os
 import threading
+import uuid
 from pathlib import Path
 
 
@@ -29,6 +30,27 @@ def remove_leftovers(path: Path) -> None:
     """Removes what killed writers of a file left beside it; for its only writer to call."""
     for leftover in path.parent.glob(f".{path.name}.*-*.partial"):
         leftover.unlink(missing_ok=True)
+
+
+def create_exclusively(path: Path, text: str) -> bool:
+    """Makes a file that did not exist, at once with its content; false if it does exist."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}")
+    temporary.write_text(text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # No hard links here: exclusive creation is as safe, only that a reader may see it empty.
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def publish(temporary: Path, path: Path) -> None:

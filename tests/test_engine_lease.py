@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 
 import pytest
 
-from pipeline.track.lease import OwnerError, acquire, look
+from pipeline.errors import ExitCode
+from pipeline.track.lease import OwnerError, RunGoneError, acquire, look
 from pipeline.track.owner import this_process
 
 ROUNDS = 200
@@ -114,6 +116,31 @@ def test_an_owner_that_was_paused_while_another_took_over_is_fenced_off(tmp_path
     assert held.token == second.token
     assert held.owner is not None
     assert not held.owner.released
+
+
+def check_for(seconds, lease):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lease.check()
+        time.sleep(0.02)
+
+
+def test_a_run_whose_folder_is_gone_or_begun_anew_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.track.lease._TOUCH_SECONDS", 0.05)
+    run = tmp_path / "run"
+    run.mkdir()
+    first = acquire(run)
+    first.keep_alive()
+    shutil.rmtree(run)
+    with pytest.raises(RunGoneError, match="was removed or renamed under this job") as told:
+        first.check()
+    assert told.value.exit_code == ExitCode.STORAGE
+    # Somebody starts it again at once: the number is the same, the owner is not.
+    path = write_lease(run, first.token, process="other/boot/1", host="gpu017", pid=4711)
+    with pytest.raises(OwnerError, match="was taken over by process 4711 on gpu017"):
+        check_for(30, first)
+    first.release()
+    assert json.loads(path.read_text())["pid"] == 4711
 
 
 def test_a_number_is_never_used_twice_however_late_a_taker_wakes_up(tmp_path, monkeypatch):

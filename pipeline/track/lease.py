@@ -16,7 +16,8 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import ExitCode, StorageError, UsageError
+from pipeline.files import create_exclusively
 from pipeline.track.owner import Owner, has_died, is_seen_from, read_owner, this_process
 
 LEASE_FOLDER = "lease"
@@ -29,6 +30,12 @@ _POLL_SECONDS = 0.5
 
 class OwnerError(UsageError):
     """Another job owns the run."""
+
+
+class RunGoneError(OwnerError):
+    """The run's folder was removed or renamed."""
+
+    exit_code = ExitCode.STORAGE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +63,7 @@ class Lease:
         self._path = folder / _name(token)
         self._next = folder / _name(token + 1)
         self._ended = threading.Event()
+        self._is_anothers = False
 
     def keep_alive(self) -> None:
         """Gives signs of life from a thread until the lease is released or the process ends."""
@@ -66,13 +74,23 @@ class Lease:
 
         Raises:
             OwnerError: It has; nothing may be written any more.
+            StorageError: The folder cannot be looked at.
         """
-        if self._path.exists() and not self._next.exists():
-            return
-        newer = look(self._folder.parent)
-        who = newer.owner.words if newer and newer.owner else "another job"
+        run = self._folder.parent
+        try:
+            if self._path.exists() and not self._next.exists() and not self._is_anothers:
+                return
+            newer = look(run)
+        except OSError as error:
+            raise StorageError(f"Cannot read {self._folder}: {error.strerror or error}") from error
+        if newer is None:
+            raise RunGoneError(
+                f"{run} was removed or renamed under this job ({self._owner.words}).",
+                remedy="`jepa resume` it by its new name, or from its store with --store URL.",
+            )
+        who = newer.owner.words if newer.owner else "another job"
         raise OwnerError(
-            f"{self._folder.parent} was taken over by {who} while this process "
+            f"{run} was taken over by {who} while this process "
             f"({self._owner.words}) gave no sign of life; nothing more is written by it.",
             remedy="Nothing to do: the other job goes on with the run. `jepa status` shows it.",
         )
@@ -81,11 +99,15 @@ class Lease:
         """Gives the run up, so that the next owner need not wait."""
         self._ended.set()
         with contextlib.suppress(OSError):
-            if self._path.exists():
+            if self._path.exists() and not self._is_anothers:
                 _write(self._path, Owner(**{**asdict(self._owner), "released": True}))
 
     def _touch(self) -> None:
         while not self._ended.wait(_TOUCH_SECONDS):
+            # In a folder that was removed and begun anew numbers start again at 1.
+            self._is_anothers = read_owner(self._path) not in (None, self._owner)
+            if self._is_anothers:
+                return
             with contextlib.suppress(OSError):
                 # No time of our own: a file server stamps it with its own clock, like all others.
                 os.utime(self._path)
@@ -171,8 +193,8 @@ def look(run_dir: Path) -> Held | None:
     path = folder / _name(tokens[-1])
     try:
         stamp = path.stat()
-    except FileNotFoundError:  # taken over and removed since it was listed
-        return look(run_dir)
+    except FileNotFoundError:
+        return look(run_dir)  # taken over and removed since it was listed
     age = max(0.0, _now_of(folder) - stamp.st_mtime)
     return Held(token=tokens[-1], owner=read_owner(path), age_seconds=age, stamp=stamp.st_mtime_ns)
 
@@ -199,7 +221,7 @@ def in_use_by(run_dir: Path) -> str | None:
 def _make(folder: Path, token: int, me: Owner) -> Lease | None:
     """The lease of this number; None if another process was quicker."""
     path = folder / _name(token)
-    if not _create(path, json.dumps(asdict(me))):
+    if not create_exclusively(path, json.dumps(asdict(me))):
         return None
     tokens = _tokens(folder)
     if tokens[-1] != token:
@@ -209,27 +231,6 @@ def _make(folder: Path, token: int, me: Owner) -> Lease | None:
     for old in tokens[:-1]:
         (folder / _name(old)).unlink(missing_ok=True)
     return Lease(folder, token, me)
-
-
-def _create(path: Path, text: str) -> bool:
-    """Makes a file that did not exist, at once with its content; false if it does exist."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}")
-    temporary.write_text(text)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # No hard links here: exclusive creation is as safe, only that a reader may see it empty.
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
 
 
 def _is_free(held: Held, me: Owner, stale_seconds: float) -> bool:
