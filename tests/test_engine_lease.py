@@ -38,9 +38,9 @@ def test_of_two_processes_that_want_a_run_exactly_one_gets_it_200_times(tmp_path
     racers = [context.Process(target=race, args=(tmp_path, ready, results)) for _ in range(2)]
     for racer in racers:
         racer.start()
-    told = [results.get(timeout=60) for _ in range(2 * ROUNDS)]
+    told = [results.get(timeout=200) for _ in range(2 * ROUNDS)]
     for racer in racers:
-        racer.join(timeout=10)
+        racer.join(timeout=60)
     for number in range(ROUNDS):
         winners = [token for round_, _, token in told if round_ == number and token]
         assert winners == [8 if number % 2 else 1]
@@ -67,19 +67,28 @@ def test_a_living_owner_is_named_with_host_process_job_and_age(tmp_path, monkeyp
     assert "its last sign of life was 0 s ago" in str(caught.value)
 
 
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Whoever waits before a lease is taken or refused fails the test."""
+
+    def wait(_seconds):
+        pytest.fail("it waited")
+
+    monkeypatch.setattr("pipeline.track.lease.time.sleep", wait)
+
+
+@pytest.mark.usefixtures("no_waiting")
 def test_a_living_owner_on_this_machine_is_refused_at_once(tmp_path):
     acquire(tmp_path)
-    begin = time.monotonic()
     with pytest.raises(OwnerError, match=f"process {os.getpid()} on "):
         acquire(tmp_path)
-    assert time.monotonic() - begin < 0.4
 
 
 def test_an_owner_of_another_machine_is_waited_for_until_it_is_stale(tmp_path):
     write_lease(tmp_path, 3, host="gpu017", process="other/boot/1", age=0.5)
     begin = time.monotonic()
     assert acquire(tmp_path, stale_seconds=2.0).token == 4
-    assert 1.0 < time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin > 1.0
 
 
 @pytest.mark.parametrize(
@@ -90,14 +99,13 @@ def test_an_owner_of_another_machine_is_waited_for_until_it_is_stale(tmp_path):
         {"host": "gpu017", "process": "x/y/z", "job": "{job}", "launcher_attempt": "0"},
     ],
 )
+@pytest.mark.usefixtures("no_waiting")
 def test_a_dead_released_or_requeued_owner_is_replaced_at_once(tmp_path, monkeypatch, changes):
     monkeypatch.setenv("SLURM_JOB_ID", "31")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     words = {"{mark}0": this_process().process + "0", "{job}": "31"}
     write_lease(tmp_path, 3, **{k: words.get(v, v) for k, v in changes.items()})
-    begin = time.monotonic()
     assert acquire(tmp_path).token == 4
-    assert time.monotonic() - begin < 0.4
 
 
 def test_an_owner_that_was_paused_while_another_took_over_is_fenced_off(tmp_path):
