@@ -188,7 +188,7 @@ def test_a_text_may_begin_with_a_mark_of_its_encoding_and_end_lines_twice(
 
 def test_lists_by_line_and_by_nul_and_captions_beside_the_videos(tmp_path):
     hostile = tmp_path / "new\nline.mp4"
-    for path in (tmp_path / "a.mp4", hostile, tmp_path / "sub" / "-dash.webm"):
+    for path in (tmp_path / "a.mp4", hostile, tmp_path / "sub" / "-dash.WEBM"):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     (tmp_path / "a.txt").write_text(" a  caption\n")
@@ -196,7 +196,7 @@ def test_lists_by_line_and_by_nul_and_captions_beside_the_videos(tmp_path):
     (tmp_path / "notes.md").write_text("n")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     found, others = listed(tmp_path)
-    assert [one.name for one in found] == ["a.mp4", "new\nline.mp4", "sub/-dash.webm"]
+    assert [one.name for one in found] == ["a.mp4", "new\nline.mp4", "sub/-dash.WEBM"]
     assert [[caption.text for caption in one.captions] for one in found] == [
         ["a caption"],
         [],
@@ -206,9 +206,9 @@ def test_lists_by_line_and_by_nul_and_captions_beside_the_videos(tmp_path):
         "notes.md": "no video by its suffix",
         "sub/loop": "a link to a folder above it",
     }
-    (tmp_path / "l.txt").write_text(f"a.mp4\n\n{tmp_path}/sub/-dash.webm\n{'x' * 10**5}\n")
+    (tmp_path / "l.txt").write_text(f"a.mp4\n\n{tmp_path}/sub/-dash.WEBM\n{'x' * 10**5}\n")
     found, others = listed(tmp_path / "l.txt")
-    assert [one.locator for one in found] == [f"{tmp_path}/a.mp4", f"{tmp_path}/sub/-dash.webm"]
+    assert [one.locator for one in found] == [f"{tmp_path}/a.mp4", f"{tmp_path}/sub/-dash.WEBM"]
     assert [reason[:13] for reason in others.values()] == ["l.txt, row 4:"]
     (tmp_path / "z.lst").write_bytes(b"new\nline.mp4\0a.mp4\0")
     assert [one.locator for one in listed(tmp_path / "z.lst")[0]] == [
@@ -244,12 +244,16 @@ def test_addresses_are_listed_by_fsspec(tmp_path):
     memory.pipe("/set/1.mp4", b"1")
     memory.pipe("/set/readme.md", b"r")
     memory.pipe("/set/t.csv", b"path,scene\nb/2.mp4,x\n")
+    memory.pipe("/set/1.txt", b"one\n")
+    memory.pipe("/set/b/2.captions.json", b'[{"t0": 0, "t1": 1.5, "text": "two"}]')
+    memory.pipe("/set/b/1.txt", b"beside no video")
     found, others = listed("memory://set")
+    assert [[caption.text for caption in one.captions] for one in found] == [["one"], ["two"]]
     assert [(one.name, one.locator, one.num_bytes) for one in found] == [
         ("1.mp4", "memory:///set/1.mp4", 1),
         ("b/2.mp4", "memory:///set/b/2.mp4", 2),
     ]
-    assert set(others) == {"readme.md", "t.csv"}
+    assert set(others) == {"b/1.txt", "readme.md", "t.csv"}
     table, _ = listed("memory://set/t.csv")
     assert [(one.locator, one.labels) for one in table] == [
         ("memory://set/b/2.mp4", {"scene": "x"})

@@ -5,7 +5,8 @@ video) belong to `clip.mp4`. Hidden files are left out; links to folders are fol
 """
 
 import os
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,15 @@ _MAX_CAPTIONS_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A file below a folder: its path from there, and all the names that lie beside it."""
+    """A file below a folder: its path from there, and all the names that lie beside it.
+
+    `videos` has those of videos among them, without their suffixes.
+    """
 
     relative: str
     path: str
     beside: frozenset[str]
+    videos: frozenset[str]
 
 
 def sources(root: str, listing: Listing) -> Iterator[Source]:
@@ -59,25 +64,37 @@ def sources(root: str, listing: Listing) -> Iterator[Source]:
 
 
 def remote_sources(address: str, listing: Listing) -> Iterator[Source]:
-    """The videos below an address, in the order of their names; captions beside them are not read.
+    """The videos below an address, in the order of their names.
 
     The names of all objects are held in memory while they are listed.
     """
     with reached(address) as (filesystem, path):
-        found = filesystem.find(path, detail=True)
+        objects = filesystem.find(path, detail=True)
         base = path.rstrip("/")
-        for name in sorted(found):
-            relative = name.removeprefix(base).lstrip("/") or base_name(name)
-            if suffix_of(name) not in VIDEO_SUFFIXES:
-                listing.on_other(printable(relative), "no video by its suffix")
-                continue
-            status = remote_status(found[name])
-            yield Source(
-                name=printable(relative),
-                locator=filesystem.unstrip_protocol(name),
-                num_bytes=status.num_bytes,
-                modified_ns=status.modified_ns,
+        names_in: dict[str, list[str]] = {}
+        for name in objects:
+            folder, _, last = name.rpartition("/")
+            names_in.setdefault(folder, []).append(last)
+        folders = {folder: _beside(names) for folder, names in names_in.items()}
+        for name in sorted(objects):
+            beside, videos = folders[name.rpartition("/")[0]]
+            found = Found(
+                relative=name.removeprefix(base).lstrip("/") or base_name(name),
+                path=filesystem.unstrip_protocol(name),
+                beside=beside,
+                videos=videos,
             )
+            if suffix_of(name) in VIDEO_SUFFIXES:
+                status = remote_status(objects[name])
+                yield Source(
+                    name=printable(found.relative),
+                    locator=found.path,
+                    num_bytes=status.num_bytes,
+                    modified_ns=status.modified_ns,
+                    captions=_captions_beside(found),
+                )
+            elif not _is_companion(found):
+                listing.on_other(printable(found.relative), "no video by its suffix")
 
 
 def files_below(root: str, listing: Listing) -> Iterator[Found]:
@@ -96,11 +113,11 @@ def _walk(
         listing.on_other(printable(relative or folder), f"folder cannot be read: {error.strerror}")
         return
     entries = [entry for entry in entries if not entry.name.startswith(".")]
-    beside = frozenset(entry.name for entry in entries)
+    beside, videos = _beside([entry.name for entry in entries])
     for entry in entries:
         name = f"{relative}{entry.name}"
         if not _is_folder(entry):
-            yield Found(relative=name, path=entry.path, beside=beside)
+            yield Found(relative=name, path=entry.path, beside=beside, videos=videos)
             continue
         try:
             status = entry.stat()
@@ -114,6 +131,12 @@ def _walk(
             yield from _walk(entry.path, f"{name}/", above | {place}, listing)
 
 
+def _beside(names: Sequence[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """All names of a folder, and those of its videos without their suffixes."""
+    videos = (name for name in names if suffix_of(name) in VIDEO_SUFFIXES)
+    return frozenset(names), frozenset(posixpath.splitext(name)[0] for name in videos)
+
+
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
@@ -122,7 +145,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _captions_beside(found: Found) -> tuple[Caption, ...]:
-    stem = base_name(found.path).removesuffix(suffix_of(found.path))
+    stem = posixpath.splitext(base_name(found.path))[0]
     folder = os.path.dirname(found.path)  # noqa: PTH120 - keeps hostile names as they are
     if f"{stem}{_CAPTIONS_SUFFIX}" in found.beside:
         return captions_of(f"{folder}/{stem}{_CAPTIONS_SUFFIX}")
@@ -160,11 +183,7 @@ def _text(path: str) -> str:
 
 def _is_companion(found: Found) -> bool:
     name = base_name(found.path)
-    for suffix in (_CAPTIONS_SUFFIX, ".txt"):
-        if name.endswith(suffix):
-            stem = name.removesuffix(suffix)
-            return any(
-                one.startswith(f"{stem}.") and suffix_of(one) in VIDEO_SUFFIXES
-                for one in found.beside
-            )
-    return False
+    return any(
+        name.endswith(suffix) and name.removesuffix(suffix) in found.videos
+        for suffix in (_CAPTIONS_SUFFIX, ".txt")
+    )
