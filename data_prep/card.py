@@ -8,8 +8,10 @@ from pydantic import JsonValue
 
 from pipeline.data.layout import REJECTED_NAME, Manifest
 from pipeline.data.manifest import write_durably
+from pipeline.errors import StorageError
 
 CARD_NAME = "README.md"
+TERMS_NAME = "TERMS.md"
 _TITLES = {
     "source_seconds": "length of the sources [s]",
     "source_short_side": "short side of the sources [pixels]",
@@ -20,7 +22,8 @@ _TITLES = {
 }
 _NO_LICENCE = (
     "None was given. The videos keep the terms of where they come from: `source` in every "
-    "`KEY.json` names the file."
+    f"`KEY.json` names the file. What `{TERMS_NAME}` in this folder says stands here after the "
+    "next `jepa prep run`."
 )
 _READING = """\
 Plain WebDataset tars; any tool that reads those reads these:
@@ -38,25 +41,43 @@ for sample in webdataset.WebDataset("{first}", shardshuffle=False):
 `jepa prep preview .` shows clips as a model gets them."""
 
 
-def write_card(
-    dataset_dir: Path, manifest: Manifest, rejected: Mapping[str, int], *, terms: str = ""
-) -> None:
+def terms_of(dataset_dir: Path) -> str:
+    """What `TERMS.md` says of where the videos come from and of their licences; else nothing.
+
+    Raises:
+        StorageError: It is there and cannot be read as text.
+    """
+    path = dataset_dir / TERMS_NAME
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"{path}: cannot be read as UTF-8 text: {error}", remedy="Correct or remove it."
+        ) from error
+
+
+def write_card(dataset_dir: Path, manifest: Manifest, rejected: Mapping[str, int]) -> None:
     """Writes the card of a finished dataset; the same dataset gives the same bytes.
 
     Args:
         dataset_dir: The dataset.
         manifest: Its manifest, with figures if it was prepared from videos.
         rejected: What was left out, number by reason.
-        terms: Where the videos come from and under which licences, in the words of who knows.
 
     Raises:
-        StorageError: The folder cannot be written.
+        StorageError: The folder cannot be written, or its `TERMS.md` not be read.
     """
-    write_durably(dataset_dir / CARD_NAME, card_text(manifest, rejected, terms).encode())
+    text = card_text(manifest, rejected, terms_of(dataset_dir))
+    write_durably(dataset_dir / CARD_NAME, text.encode())
 
 
 def card_text(manifest: Manifest, rejected: Mapping[str, int], terms: str = "") -> str:
-    """The card as Markdown."""
+    """The card as Markdown.
+
+    `terms` is where the videos come from and under which licences, in the words of who knows.
+    """
     figures: Mapping[str, Any] = dict(manifest.figures)
     first = manifest.shards[0].name if manifest.shards else "shard-000000.tar"
     parts = [

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.card import write_card
+from data_prep.card import terms_of, write_card
 from data_prep.figures import figures_of
 from data_prep.ledger import Ledger
 from data_prep.pack import packed
@@ -76,7 +76,10 @@ def _manifest(ledger: Ledger) -> Manifest | None:
 
 
 def _state(ledger: Ledger) -> str:
-    """Counts of all that a dataset is made of; what is published with others is out of date."""
+    """Counts of all that a dataset is made of; what is published with others is out of date.
+
+    Its terms are part of it, where some are given: the card repeats them.
+    """
     queries = (
         "SELECT count(*) FROM source WHERE done = 1",
         "SELECT count(*) FROM rejection",
@@ -85,7 +88,8 @@ def _state(ledger: Ledger) -> str:
         "SELECT count(*) FROM segment WHERE original IS NOT NULL",
         "SELECT count(*) FROM shard WHERE done = 1",
     )
-    return json.dumps([ledger.count(query) for query in queries])
+    terms = terms_of(ledger.dataset_dir)
+    return json.dumps([*(ledger.count(query) for query in queries), *([terms] if terms else [])])
 
 
 def _numbers(ledger: Ledger) -> list[int]:

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,10 @@ from data_prep.figures import figures_of
 from data_prep.records import ItemRecord, SegmentFigures, SegmentRecord
 from pipeline.data.layout import Manifest, ShardEntry
 from pipeline.data.manifest import manifest_text
+from pipeline.errors import StorageError
+from tests.prep import run_prep, visible_files
+from tests.test_decode_frames import grid_video
+from tests.test_prep_item import SMALL, run_here
 
 
 def record(number: int, lengths: tuple[float, ...], motion: float = 12.0) -> ItemRecord:
@@ -88,3 +93,26 @@ def test_the_card_says_what_how_many_how_made_and_how_to_read() -> None:
     assert "| 4 to 8 | 3 |" in text
     assert text == card_text(made, {"too short": 1, "black": 2}, terms="From a | b, CC BY 4.0.")
     assert "None was given" in card_text(manifest(), {})
+
+
+def test_terms_in_the_folder_go_onto_the_card_with_the_next_run_and_change_nothing_else(
+    tmp_path: Path,
+) -> None:
+    source, out = tmp_path / "a.mp4", tmp_path / "dataset"
+    source.write_bytes(grid_video(num_frames=120))
+    run_here(out, source)
+    before = visible_files(out)
+    terms = "From the | lab's archive, CC BY 4.0."
+    (out / "TERMS.md").write_text(f"\ufeff{terms}\n")
+    run_prep(source, out=out, settings=SMALL)
+    after = visible_files(out)
+    assert terms in after.pop("README.md").decode()
+    assert "None was given" in before.pop("README.md").decode()
+    del after["TERMS.md"]
+    assert after == before
+    (out / "TERMS.md").write_bytes(b"\xff")
+    with pytest.raises(StorageError, match=r"TERMS\.md: cannot be read as UTF-8"):
+        run_prep(source, out=out, settings=SMALL)
+    (out / "TERMS.md").unlink()
+    run_prep(source, out=out, settings=SMALL)
+    assert terms not in (out / "README.md").read_text()
