@@ -93,7 +93,7 @@ def test_ssv2_of_either_name_set_gives_classes_by_template_and_captions_by_label
     assert [(one.name, one.labels, one.captions) for one in test] == [
         ("11.webm", {"split": "test"}, ())
     ]
-    (root / "labels" / "test-answers.csv").write_text("11;Folding something\n")
+    (root / "labels" / "test-answers.csv").write_text("\ufeff11;Folding something\n\n")
     test, _ = listed(root / "labels" / f"{prefix}test.json")
     assert (test[0].labels or {})["class"] == 0
 
@@ -153,13 +153,16 @@ def test_a_manifest_says_the_same_as_csv_and_as_parquet(tmp_path):
         ("t.csv", "path,captions\nx.mp4,[1]\n", "row 2: expected captions as"),
         ("t.csv", "file,label\nx.mp4,1\n", "row 1: expected a column `path` or `url`, got 'file,"),
         ("t.csv", "a.mp4 1\nb.mp4 cat\n", "row 2: expected `path label`"),
+        ("t.csv", "a.mp4 1\nx.mp4 ²\n", "row 2: expected `path label`"),
+        ("t.csv", f"a.mp4 1\nx.mp4 {'9' * 5000}\n", "row 2: expected `path label`"),
         ("t.csv", "youtube_id,time_start,time_end\nx,9,3\n", "row 2: expected time_end after"),
+        ("t.csv", "youtube_id,time_start,time_end\n\udcff,1,2\n", "expected a row of CSV in UTF-8"),
         ("t.parquet", "no parquet", r"t\.parquet: expected a Parquet file"),
         ("train.json", "{}", "no labels.json beside it"),
     ],
 )
 def test_a_mistake_in_a_table_names_file_row_expected_and_got(tmp_path, name, content, words):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, errors="surrogateescape")
     for video_name in ("a.mp4", "x.mp4"):
         (tmp_path / video_name).write_bytes(b"x")
     with pytest.raises(UsageError, match=words):

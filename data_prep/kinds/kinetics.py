@@ -26,6 +26,7 @@ from data_prep.records import Labels, Source
 
 _OFFICIAL = ("youtube_id", "time_start", "time_end")
 _SUFFIXES = (".mp4", ".mkv", ".webm")
+_MAX_DIGITS = 18
 
 
 def is_official(header: str) -> bool:
@@ -36,8 +37,12 @@ def is_official(header: str) -> bool:
 
 def is_path_label(line: str) -> bool:
     """Whether a line reads `path label` with a whole number as label."""
-    _, _, label = _split(line)
-    return label.isdigit()
+    return _is_class(_split(line)[2])
+
+
+def _is_class(label: str) -> bool:
+    """Whether a text is a class number; `isdigit` takes `²` for one, and 5000 digits."""
+    return label.isascii() and label.isdecimal() and len(label) <= _MAX_DIGITS
 
 
 def sources(path: str, listing: Listing) -> Iterator[Source]:
@@ -57,7 +62,7 @@ def _path_labels(file: IO[bytes], path: str, listing: Listing) -> Iterator[Sourc
     base = listing.videos or parent_of(path)
     for row, line in rows_of(file):
         name, _, label = _split(line)
-        if not name or not label.isdigit():
+        if not name or not _is_class(label):
             raise mistake(path, row, "`path label`, the label a whole number", line)
         source = source_at(
             name_of(name),
@@ -78,7 +83,7 @@ def _split(line: str) -> tuple[str, str, str]:
 def _official(file: IO[bytes], path: str, listing: Listing) -> Iterator[Source]:
     base = listing.videos or parent_of(path)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    for row, values in enumerate(csv.DictReader(text), start=2):
+    for row, values in _csv_rows(path, text):
         video = (values.get("youtube_id") or "").strip()
         if not video or "/" in video:
             raise mistake(path, row, "an id in the column youtube_id", video)
@@ -89,6 +94,15 @@ def _official(file: IO[bytes], path: str, listing: Listing) -> Iterator[Source]:
         yield from _where(
             video, (start, end), labels, base, listing, f"{base_name(path)}, row {row}"
         )
+
+
+def _csv_rows(path: str, text: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(text)
+    try:
+        for values in reader:
+            yield reader.line_num, values
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise mistake(path, reader.line_num + 1, "a row of CSV in UTF-8", str(error)) from error
 
 
 def _where(

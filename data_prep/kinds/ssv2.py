@@ -18,6 +18,7 @@ from data_prep.kinds.listing import (
     mistake,
     opened_file,
     parent_of,
+    rows_of,
     source_at,
     status_of,
 )
@@ -128,7 +129,7 @@ def _answers(table: str) -> dict[str, str]:
         return {}
     answers = {}
     with opened_file(path) as file:
-        for row, line in enumerate(file.read().decode().splitlines(), start=1):
+        for row, line in rows_of(file):
             identity, separator, template = line.partition(";")
             if not separator:
                 raise mistake(path, row, "`id;label`", line)
