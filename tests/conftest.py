@@ -10,13 +10,14 @@ import torch
 LONGEST = (
     "test_launch_k8s_pods",
     "test_launch_slurm_run",
-    "test_faults_kills",
-    "test_engine_saving",
-    "test_conduct_live",
     "test_engine_run",
-    "test_models_zero3",
+    "test_faults_kills",
+    "test_conduct_live",
     "test_prep_kills",
+    "test_engine_signals",
     "test_launch_slurm_traps",
+    "test_engine_saving",
+    "test_models_zero3",
     "test_track_prometheus",
 )
 
