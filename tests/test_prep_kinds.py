@@ -141,6 +141,12 @@ def test_a_manifest_says_the_same_as_csv_and_as_parquet(tmp_path):
     assert [one.labels for one in found] == [{"scene": "007"}, {"scene": 8}]
     assert [one.spans for one in found] == [one.spans for one in from_parquet]
     assert [one.name for one in found] == [one.name for one in from_parquet]
+    nan, inf = float("nan"), float("inf")
+    gaps = {"start": [nan, 1.0], "end": [nan, 2.0], "score": [nan, inf], "good": [True, False]}
+    pq.write_table(pa.table({"path": rows["path"], **gaps}), tmp_path / "gaps.parquet")
+    found, _ = listed(tmp_path / "gaps.parquet")
+    assert [one.spans for one in found] == [None, ((1.0, 2.0),)]
+    assert [one.labels for one in found] == [{"good": 1}, {"score": "inf", "good": 0}]
 
 
 @pytest.mark.parametrize(
@@ -224,12 +230,12 @@ def test_tars_of_others_give_videos_in_their_place_with_labels_and_captions(tmp_
     for number in range(2):
         with (tmp_path / f"{number:03d}.tar").open("wb") as file, wds.TarWriter(file) as writer:
             clip = {"jpg": b"thumb", "mp4": render_video(number, 9), "txt": "words", "cls": "5"}
-            facts = {"scene": "s", "deep": {}}
+            facts = {"scene": "s", "deep": {}, "none": float("nan"), "half": "\ud800"}
             writer.write({"__key__": f"x/{number}", **clip, "json": facts})
             writer.write({"__key__": "empty", "txt": "no video"})
     found, others = listed(tmp_path)
     assert [one.name for one in found] == ["000/x/0.mp4", "001/x/1.mp4"]
-    assert found[0].labels == {"class": 5, "scene": "s"}
+    assert found[0].labels == {"class": 5, "scene": "s", "half": "\\ud800"}
     assert [one.text for one in found[0].captions] == ["words"]
     assert others == {f"{n:03d}.tar/empty": "no video or picture in it" for n in range(2)}
     with Path(found[1].locator).open("rb") as file:

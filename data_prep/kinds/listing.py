@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import math
 import os
 import posixpath
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.records import Source
+from data_prep.records import Labels, Source
 from pipeline.data.layout import Caption
 from pipeline.errors import UsageError
 
@@ -180,6 +181,24 @@ def about_everything(text: str, source: str) -> tuple[Caption, ...]:
     if not text:
         return ()
     return (Caption(t0=0.0, t1=WHOLE_SECONDS, text=text, source=source),)
+
+
+def plain_labels(facts: object) -> Labels:
+    """What of a JSON object can be a label: texts and numbers.
+
+    Sidecars are strict JSON in UTF-8, so not a number is left out as a missing value, infinity and
+    halves of characters are written as text.
+    """
+    labels: Labels = {}
+    for name, value in facts.items() if isinstance(facts, dict) else ():
+        if isinstance(value, float) and not math.isfinite(value):
+            if not math.isnan(value):
+                labels[str(name)] = str(value)
+        elif isinstance(value, str):
+            labels[str(name)] = value.encode("utf-8", "backslashreplace").decode()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            labels[str(name)] = value
+    return labels
 
 
 def mistake(file: str, row: int | None, expected: str, got: object) -> UsageError:

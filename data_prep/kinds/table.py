@@ -30,6 +30,7 @@ from data_prep.kinds.listing import (
     mistake,
     opened_file,
     parent_of,
+    plain_labels,
     source_at,
     suffix_of,
 )
@@ -122,7 +123,12 @@ def _parquet_rows(file: Any) -> Iterator[tuple[int, _Row]]:
     for batch in file.iter_batches(batch_size=_BATCH_ROWS):
         for values in batch.to_pylist():
             row += 1
-            yield row, values
+            yield row, {name: None if _is_nan(one) else one for name, one in values.items()}
+
+
+def _is_nan(value: object) -> bool:
+    """Whether it is no number, as which some tools write a missing value of any column."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _source(path: str, row: int, values: _Row, base: str, listing: Listing) -> Source | None:
@@ -197,8 +203,11 @@ def _labels(values: _Row) -> Labels:
     for name, value in values.items():
         if name in _COLUMNS or value is None or value == "":
             continue
-        labels[name] = value if isinstance(value, int | float) else _number(str(value))
-    return labels
+        if isinstance(value, bool):
+            labels[name] = int(value)
+        else:
+            labels[name] = value if isinstance(value, int | float) else _number(str(value))
+    return plain_labels(labels)
 
 
 def _number(text: str) -> str | int:

@@ -24,6 +24,7 @@ from data_prep.kinds.listing import (
     about_everything,
     base_name,
     opened_file,
+    plain_labels,
     printable,
     status_of,
 )
@@ -174,15 +175,9 @@ def _facts(sample: _Sample, place: str, listing: Listing) -> tuple[Labels, tuple
 
 def _plain(known: dict[str, Any]) -> tuple[Labels, str]:
     if "video_sha256" in known and "schema_version" in known:
-        return known.get("labels") or {}, ""
+        return plain_labels(known.get("labels")), ""
     text = next((known[name] for name in ("caption", "text") if known.get(name)), "")
-    labels = {
-        str(name): value
-        for name, value in known.items()
-        if isinstance(value, str | int | float)
-        and not isinstance(value, bool)
-        and name not in ("caption", "text")
-    }
+    labels = plain_labels({n: known[n] for n in known if n not in ("caption", "text")})
     return labels, text if isinstance(text, str) else ""
 
 
