@@ -137,8 +137,7 @@ def index_tars(
 
 def _tars(folder: Path, out: Path, *, overwrite: bool) -> list[Path]:
     if not folder.is_dir():
-        problem = "not a folder" if folder.exists() else "no such folder"
-        raise UsageError(f"{folder}: {problem}", remedy="Name the folder with the tars.")
+        raise UsageError(f"{folder} is not a folder", remedy="Name the folder with the tars.")
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not tars:
         raise UsageError(
