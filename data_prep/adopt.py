@@ -146,15 +146,14 @@ def _tars(folder: Path, out: Path, *, overwrite: bool) -> list[Path]:
         )
     if (out / MANIFEST_NAME).exists() and not overwrite:
         ours = _MARK not in read_manifest(out).preparation
+        origin = "which `jepa prep run` wrote" if ours else "indexed before"
         raise UsageError(
-            f"{out} is a dataset already"
-            + (", which `jepa prep run` wrote" if ours else ", indexed before"),
+            f"{out} is a dataset already, {origin}",
             remedy="Train on it as it is, or index it again with --overwrite.",
         )
     if out.resolve() != folder.resolve():
         return _linked(tars, out)
-    unfit = [path.name for path in tars if not SHARD_PATTERN.fullmatch(path.name)]
-    if unfit:
+    if unfit := [path.name for path in tars if not SHARD_PATTERN.fullmatch(path.name)]:
         raise UsageError(
             f"{folder}: {len(unfit)} tars have names that are not fit for shards, such as "
             f"{unfit[0]!r}; letters, digits, _ and - are",
